@@ -3,7 +3,16 @@ from pathlib import Path
 
 import pytest
 
-SHARED = Path(os.environ.get('ECG_PMA_SHARED', Path(__file__).parents[2]/'shared'))
+ROOT = Path(__file__).parents[1]
+SHARED = Path(os.environ.get('ECG_PMA_SHARED', ROOT.parent/'shared'))
+
+
+def pytest_addoption(parser): parser.addoption('--no-notebooks', action='store_true', help='leave the notebooks to nbdev-test')
+
+
+@pytest.fixture(scope='session')
+def root(): return ROOT
+
 
 @pytest.fixture(scope='session')
 def shared():

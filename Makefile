@@ -1,0 +1,38 @@
+# Targets make the environment in .venv if it is missing. `make help` lists them.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.venv/.ok: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check uv
+	$(BIN)/uv pip install -q --python $(BIN)/python --compile-bytecode -c constraints.txt -e '.[dev]'
+	touch $@
+
+.PHONY: help demo test export check readme settings
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
+
+demo: .venv/.ok ## the whole path on made-up ECGs: pretrain, compare read-outs, fine-tune, predict
+	ecg-pma demo
+
+test: .venv/.ok ## every notebook and every test
+	nbdev-test --n-workers 2
+	pytest --no-notebooks
+
+export: .venv/.ok ## notebooks -> modules, outputs refreshed, README and settings.ini rewritten: before a commit
+	nbdev-export
+	nbdev-test --n-workers 2 --save
+	nbdev-clean
+	$(MAKE) readme settings
+
+check: .venv/.ok ## exports current, notebooks clean, README and settings.ini in step
+	pytest tests/test_repository.py
+
+readme: .venv/.ok ## README.md from nbs/index.ipynb
+	python tools/readme.py
+
+settings: .venv/.ok ## settings.ini from pyproject.toml
+	python tools/settings.py

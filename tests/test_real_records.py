@@ -1,0 +1,66 @@
+"Real recordings through the real loader; skipped where they are not beside the project"
+import ast
+
+import numpy as np, pandas as pd, pytest, wfdb
+
+from fastai_ecg_pma.ptbxl import TASKS, ptbxl_classes, ptbxl_dls, ptbxl_labels, ptbxl_table
+from fastai_ecg_pma.records import BadRecord, LEADS, PMA_LEADS, Preprocess, read_ecg
+
+
+@pytest.mark.parametrize('name', ['ptb-xl', 'ptb-xl-z'])
+def test_one_call_reads_them(shared, name):
+    folder = shared(f'data/{name}')
+    dls = ptbxl_dls(folder, n_workers=2)
+    assert list(dls.vocab) == ['CD', 'HYP', 'MI', 'NORM', 'STTC'] and len(dls.bad) == 0
+    row = dls.table[dls.table.valid].iloc[3]
+    x = dls.valid_ds[3:4][0][0].numpy()
+    raw = wfdb.rdrecord(str(folder/row.filename_lr)).p_signal.T       # PTB-XL's own order is LEADS' order
+    want = (raw - raw.mean(1, keepdims=True))/(raw.std(1, keepdims=True) + 1e-8)
+    np.testing.assert_allclose(x, want, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['ptb-xl', 'ptb-xl-z'])
+@pytest.mark.parametrize('task,n_classes', [('all', 71), ('diagnostic', 44), ('subdiagnostic', 23), ('superdiagnostic', 5), ('form', 19), ('rhythm', 12)])
+def test_label_rules(shared, name, task, n_classes):
+    "The rules of the published benchmark, written a second time"
+    folder = shared(f'data/{name}')
+    y, vocab = ptbxl_labels(ptbxl_table(folder), ptbxl_classes(folder, task))
+    assert len(vocab) == n_classes
+    st = pd.read_csv(folder/'scp_statements.csv', index_col=0)
+    for row, codes in zip(y, pd.read_csv(folder/'ptbxl_database.csv').scp_codes):
+        names = set(ast.literal_eval(codes))
+        if TASKS[task]: names = {n for n in names if st.loc[n, TASKS[task]] == 1}
+        if task == 'superdiagnostic': names = {st.loc[n, 'diagnostic_class'] for n in names}
+        if task == 'subdiagnostic': names = {st.loc[n, 'diagnostic_subclass'] for n in names}
+        assert {vocab[i] for i in np.flatnonzero(row)} == names
+
+
+def test_500_hz_files_resampled_are_the_100_hz_files(shared):
+    folder = shared('data/ptb-xl')
+    table = pd.read_csv(folder/'ptbxl_database.csv')
+    here = [r for r in table.itertuples() if (folder/f'{r.filename_hr}.hea').exists()]
+    assert len(here) == 24
+    for r in here:
+        hi, lo = read_ecg(folder/r.filename_hr, fs=100)[0], read_ecg(folder/r.filename_lr)[0]
+        assert hi.shape == lo.shape == (12, 1000)
+        corr = [np.corrcoef(a[20:-20], b[20:-20])[0, 1] for a, b in zip(hi, lo)]
+        assert min(corr) > .97, (r.ecg_id, corr)
+
+
+def test_leads_by_name_on_another_device(shared):
+    "LUDB writes its leads in lower case, at 500 Hz"
+    folder = shared('data/ludb')
+    path = sorted(folder.rglob('*.hea'))[0]
+    x, fs = read_ecg(path, PMA_LEADS, fs=100)
+    y, _ = read_ecg(path, LEADS, fs=100)
+    assert x.shape == (12, 1000) and fs == 100
+    np.testing.assert_array_equal(x[PMA_LEADS.index('V3')], y[LEADS.index('V3')])
+    assert np.abs(y[LEADS.index('II')] - y[LEADS.index('I')] - y[LEADS.index('III')])[20:-20].max() < .05     # Einthoven, in mV
+
+
+def test_wrong_leads_and_length_are_refused(shared):
+    folder = shared('data/cinc2017')
+    one = sorted(folder.glob('*.hea'))[0]
+    with pytest.raises(BadRecord, match='lead I is there 0 times'): Preprocess()(one)
+    mit = sorted(shared('data/mitdb').glob('*.hea'))[0]
+    with pytest.raises(BadRecord, match='expected 1000'): Preprocess(leads=['MLII'])(mit)

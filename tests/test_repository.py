@@ -1,0 +1,102 @@
+"What is generated is in step with what it is generated from, and the house keeps its order"
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+
+def run(*args, cwd): return subprocess.run(args, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope='module')
+def copy(root, tmp_path_factory):
+    "The repository's tracked shape, copied to where it can be rewritten"
+    d = tmp_path_factory.mktemp('copy')
+    for name in ('nbs', 'fastai_ecg_pma'): shutil.copytree(root/name, d/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', '.last_checked'))
+    for name in ('pyproject.toml', 'README.md'): shutil.copy(root/name, d/name)
+    return d
+
+
+def contents(folder, pattern): return {p.name: p.read_bytes() for p in folder.glob(pattern)}
+
+
+def test_exports_are_current(root, copy):
+    r = run('nbdev-export', cwd=copy)
+    assert r.returncode == 0, r.stderr
+    assert contents(copy/'fastai_ecg_pma', '*.py') == contents(root/'fastai_ecg_pma', '*.py')
+
+
+def test_notebooks_are_clean(root, copy):
+    before = contents(root/'nbs', '*.ipynb')
+    r = run('nbdev-clean', cwd=copy)
+    assert r.returncode == 0, r.stderr
+    after = contents(copy/'nbs', '*.ipynb')
+    assert [n for n in before if before[n] != after[n]] == []
+
+
+def test_notebooks_hold_no_machine_path(root):
+    for p in (root/'nbs').glob('*.ipynb'):
+        text = p.read_text()
+        assert not re.search(r'site-packages|/home/|/root/|/work/|/tmp/', text), p.name
+        cells = [c for c in json.loads(text)['cells'] if c['cell_type'] == 'code']
+        assert len({c['id'] for c in cells}) == len(cells)
+
+
+@pytest.mark.parametrize('tool', ['readme', 'settings'])
+def test_generated_files_are_current(root, tool):
+    r = run(sys.executable, f'tools/{tool}.py', '--check', cwd=root)
+    assert r.returncode == 0, r.stderr
+
+
+def test_settings_mirror_is_noticed_when_stale(root, tmp_path):
+    for name in ('tools', 'fastai_ecg_pma'): shutil.copytree(root/name, tmp_path/name)
+    (tmp_path/'pyproject.toml').write_text((root/'pyproject.toml').read_text().replace('"rich>=13"', '"rich>=14"'))
+    shutil.copy(root/'settings.ini', tmp_path)
+    assert run(sys.executable, 'tools/settings.py', '--check', cwd=tmp_path).returncode == 1
+
+
+def modules(root):
+    "`{module: number of its notebook}`"
+    out = {}
+    for p in (root/'nbs').glob('[0-9]*.ipynb'):
+        if m := re.search(r'#\| default_exp (\w+)', p.read_text()): out[m[1]] = int(p.name.split('_')[0])
+    return out
+
+
+def imports(path):
+    "Modules of this package that a generated module imports, and whether any import is a star"
+    tree = ast.parse(path.read_text())
+    froms = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+    return {n.module for n in froms if n.level and n.module}, [n.module for n in froms if any(a.name == '*' for a in n.names)]
+
+
+def test_modules_import_only_from_lower_numbers(root):
+    number = modules(root)
+    assert {p.stem for p in (root/'fastai_ecg_pma').glob('[a-z]*.py')} == set(number)
+    for m, n in number.items():
+        used, stars = imports(root/'fastai_ecg_pma'/f'{m}.py')
+        assert not stars, (m, stars)
+        assert all(number[u] < n for u in used), (m, used)
+
+
+def test_import_is_light(root):
+    code = 'import sys, fastai_ecg_pma as p; print(p.__version__, *sorted({"torch", "numpy", "fastai", "tsai"} & set(sys.modules)))'
+    r = run(sys.executable, '-c', code, cwd=root)
+    assert r.stdout.split() == ['0.1.0'] and not r.stderr
+
+
+def test_star_import_gives_the_public_names(root):
+    code = 'from fastai_ecg_pma.all import *; print(pma_learner.__module__, "np" in dir(), "torch" in dir())'
+    r = run(sys.executable, '-W', 'ignore', '-c', code, cwd=root)
+    assert r.stdout.split() == ['fastai_ecg_pma.learner', 'False', 'False'], r.stderr
+
+
+def test_nothing_of_a_machine_is_tracked(root):
+    if not (root/'.git').exists(): pytest.skip('not a clone')
+    files = [f for f in run('git', 'ls-files', cwd=root).stdout.split() if not f.endswith(('.png', '.svg'))]
+    assert 'fastai_ecg_pma/vit1d.py' in files
+    for f in files: assert not re.search(r'index-url|"resolved":\s*"http', (root/f).read_text()) or f.startswith('tests/'), f
