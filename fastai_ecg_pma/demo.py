@@ -49,7 +49,7 @@ def rich_fit(learn, console, name, fit, *args, **kwargs):
 # %% ../nbs/70_demo.ipynb #5077facc
 def pretrain_step(dls, console, out, epochs, lr, size, seed):
     "Masked pretraining on the training records; saves the encoder and the picture of what it rebuilds"
-    learn = pretrain_learner(dls, size=size, seed=seed, decoder=dict(d=64, n_layers=2, n_heads=1))
+    learn = pretrain_learner(dls, size=size, seed=seed)
     rich_fit(learn, console, 'Pretraining', 'fit_one_cycle', epochs, lr, pct_start=.1)
     save_encoder(learn.encoder, out/'encoder')
     save_figure(learn.show_results(leads=['I','II','V1','V5']), out/'reconstruction.png')
@@ -123,7 +123,8 @@ def demo(
     learn.export(out/'model.pkl')
     (out/'run.yaml').write_text(yaml.safe_dump(run_facts(**settings), sort_keys=False))
     console.print(rich_table(rows, f'{task}, fold 9: {row["n_records"]} records of {row["n_patients"]} patients, {row["n_scored"]} of {row["n_classes"]} classes scored'))
-    console.print('The read-out to fine-tune was chosen on the same fold 9: its score is a little flattered. All but the last row have a frozen encoder.')
+    console.print('All but the last row read a frozen encoder; their seconds are those of the read-out alone. The one to fine-tune was chosen '
+                  'on the same fold 9, so its score is a little flattered.')
     _predict_first(learn, folder, console)
     console.print(f'Pictures, tables, encoder, model and settings are in {out}')
     return rows

@@ -9,6 +9,7 @@ __all__ = ['READOUTS', 'layer_features', 'probe_layers', 'plot_layers', 'Feature
 # %% ../nbs/60_probe.ipynb #cc7ee9cb
 import time
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
+from copy import deepcopy
 from dataclasses import asdict
 from fastai.torch_core import set_seed
 from sklearn.linear_model import RidgeCV
@@ -30,10 +31,12 @@ def layer_features(
     bs:int=128, # Records at a time
 ): # `dls` whose `x` is the pooled stack `[1+n_layers,d]`, with the same labels, splits, patients
     "Run the frozen encoder once over `dls`: pooled features of the embeddings and of every layer, as `dls`"
-    stack = LayerStack(find_encoder(arch)).eval()
+    enc = find_encoder(arch)
+    was_training, stack = enc.training, LayerStack(enc).eval()
     device,(train,valid) = next(stack.parameters()).device,(_arrays(dls[i]) for i in (0,1))
     X = torch.cat([train[0],valid[0]])
     h = torch.cat([stack(x.to(device)).cpu() for x in X.split(bs)]).numpy()
+    enc.train(was_training)
     is_valid = np.arange(len(X)) >= len(train[0])
     parts = [np.asarray(dls[i].dataset.split_idxs) for i in (0,1)]
     table = dls.table.iloc[np.concatenate(parts)].reset_index(drop=True) if getattr(dls, 'table', None) is not None else None
@@ -68,7 +71,7 @@ class FeatureStack(nn.Module):
     "Stands in for a frozen `LayerStack`: its input is the stack already; `norm` is the encoder's"
     def __init__(self, encoder):
         super().__init__()
-        self.n_layers,self.d,self.norm = encoder.n_layers,encoder.d,encoder.norm
+        self.n_layers,self.d,self.norm = encoder.n_layers,encoder.d,deepcopy(encoder.norm)
 
     def forward(self, h): return h
 

@@ -55,6 +55,7 @@ def _check_header(h, path):
     for g,name in zip(h.adc_gain, h.sig_name):
         if not g or not np.isfinite(g): bad(f'lead {name} has gain {g}')
     for file in set(h.file_name):
+        if Path(file).name != file: bad(f'its header points outside its folder, to {file}')
         if not (f := path.parent/file).exists(): raise FileNotFoundError(f'{path}: its signal file {f} is missing')
         need = h.sig_len*sum(_BYTES.get(fmt, 0) for fmt,n in zip(h.fmt, h.file_name) if n==file)
         if f.stat().st_size < need: bad(f'{f.name} is cut short: the header promises {need:.0f} bytes, it has {f.stat().st_size}')
@@ -113,8 +114,8 @@ class Preprocess:
         x,_ = read_ecg(path, self.leads, self.fs)
         if x.shape[1] != self.seq_len: raise BadRecord(f'{path}: {x.shape[1]} samples at {self.fs} Hz, expected {self.seq_len}')
         if not np.isfinite(x).all():
-            lead = self.leads[int(np.argmin(np.isfinite(x).all(1)))]
-            raise BadRecord(f'{path}: lead {lead} has {int((~np.isfinite(x)).sum(1).max())} invalid samples')
+            holes = (~np.isfinite(x)).sum(1)
+            raise BadRecord(f'{path}: lead {self.leads[np.flatnonzero(holes)[0]]} has {holes[holes > 0][0]} invalid samples')
         return standardize(x, self.standardize)
 
     def as_dict(self): return {**asdict(self), 'leads': list(self.leads)}

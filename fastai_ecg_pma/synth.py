@@ -44,9 +44,10 @@ ECTOPIC = dict(R=(.03,.040,(-.9,.9,-.6)), S=(.10,.035,(.5,-.8,.6)), T=(.32,.060,
 def draw_waves(beats, waves, t):
     "Dipole `[3,len(t)]`: each of `waves` once for every R peak in `beats` (s), at times `t` (s)"
     v = np.zeros((3, len(t)))
-    for centre,width,vec in filter(None, waves.values()):
-        bump = np.exp(-.5*((t - (np.asarray(beats)[:,None]+centre))/width)**2).sum(0)
-        v += np.asarray(vec)[:,None]*bump
+    for centre,width,vec in waves.values():
+        for c in np.asarray(beats) + centre:
+            i,j = np.searchsorted(t, (c-5*width, c+5*width))                 # a bump is nothing beyond five widths
+            v[:,i:j] += np.asarray(vec)[:,None]*np.exp(-.5*((t[i:j]-c)/width)**2)
     return v
 
 # %% ../nbs/00_synth.ipynb #ff570538
