@@ -41,7 +41,7 @@ class PretrainLearner(Learner):
     def rebuild(self, ds_idx:int=1):
         "The first batch of training (0) or validation (1) and its rebuilt patches: `x`, `mask`, `pred` (standardised patches)"
         dl = self.dls[ds_idx].new(shuffle=False, drop_last=False)
-        pred,(patches,mask) = self.get_preds(dl=[next(iter(dl))], reorder=False)
+        with self.no_bar(): pred,(patches,mask) = self.get_preds(dl=[next(iter(dl))], reorder=False)
         return patches.flatten(-2), mask, pred
 
     def show_results(self, ds_idx:int=1, record:int=0, leads=None, figsize=None, **kwargs):
