@@ -56,7 +56,7 @@ def pretrain_step(dls, console, out, epochs, lr, size, seed):
     return learn
 
 def frozen_step(pre, dls, console, out, epochs, seed, size):
-    "Read-outs of the frozen encoder, and of a random one, compared; pictures of layers and gates. The rows, and each read-out by name"
+    "Read-outs of the frozen encoder, and of a random one, compared; pictures of layers and gates. The rows, and the learners by name"
     with console.status('Reading the frozen layers'):
         feats = layer_features(pre, dls)
         probes = probe_layers(feats)
@@ -66,12 +66,14 @@ def frozen_step(pre, dls, console, out, epochs, seed, size):
     probes.to_csv(out/'layers.csv', index=False)
     save_figure(plot_layers(probes).figure, out/'layers.png')
     save_figure(plot_gates(gate_by_class(learners['PMA'])).figure, out/'gates.png')
-    return pd.concat([random, table], ignore_index=True)
+    return pd.concat([random, table], ignore_index=True),learners
 
-def fine_tune_step(pre, dls, console, name, epochs, lr, seed):
-    "Fine-tune the encoder with the read-out `name`; its row of the table, and the learner"
+def fine_tune_step(pre, dls, console, name, frozen, epochs, lr, seed):
+    "Fine-tune the encoder with the read-out `name`, starting from the `frozen` one as the paper does; the learner, and its row of the table"
     learn,t0 = pma_learner(dls, pre, READOUTS[name], seed=seed),time.perf_counter()
-    rich_fit(learn, console, f'Fine-tuning {name}', 'fine_tune', epochs, lr)
+    learn.model.head.load_state_dict(frozen.model.head.state_dict())
+    learn.unfreeze()
+    rich_fit(learn, console, f'Fine-tuning {name}', 'fit_one_cycle', epochs, lr)
     row = dict(readout=f'{name}, fine-tuned', **asdict(evaluate(learn)), params=sum(p.numel() for p in learn.model.parameters()),
                seconds=time.perf_counter()-t0)
     return learn,row
@@ -99,7 +101,8 @@ def demo(
     task:str='superdiagnostic', # One of PTB-XL's six tasks
     pretrain_epochs:int=None, # Epochs of masked pretraining; none: 40, or 12 on made-up ECGs
     frozen_epochs:int=40, # Epochs of each read-out on frozen features
-    tune_epochs:int=4, # Epochs of fine-tuning after the one that is frozen
+    tune_epochs:int=4, # Epochs of fine-tuning
+    encoder:str=None, # A saved encoder to read instead of pretraining one
     size:str='tiny', # Encoder: tiny, small or base
     bs:int=32, # Records a batch
     seed:int=0, # Of everything random
@@ -107,17 +110,17 @@ def demo(
 ):
     "From a folder of WFDB records to predictions: pretrain on folds 1-8, compare read-outs on fold 9, fine-tune the best, predict one record"
     pretrain_epochs = pretrain_epochs or (40 if data else 12)
-    settings, console, out = dict(locals(), out=str(out)), Console(), Path(out)
+    settings, console, out = {k: str(v) if isinstance(v, Path) else v for k,v in locals().items()}, Console(), Path(out)
     folder = Path(data) if data else _made_up(out/'ecgs', console)
     dls = ptbxl_dls(folder, task, bs=bs, n_workers=n_workers, progress=True)
     out.mkdir(parents=True, exist_ok=True)
     console.print(f'{folder}: {len(dls.train_ds)} records for training (folds 1-8), {len(dls.valid_ds)} for validation (fold 9), '
                   f'{len(dls.bad)} set aside; labels {", ".join(dls.vocab)}')
     for bad in dls.bad.itertuples(): console.print(f'  set aside: {bad.reason}')
-    pre = pretrain_step(dls, console, out, pretrain_epochs, 1e-3, size, seed)
-    rows = frozen_step(pre, dls, console, out, frozen_epochs, seed, size)
+    pre = encoder or pretrain_step(dls, console, out, pretrain_epochs, 1e-3, size, seed)
+    rows,learners = frozen_step(pre, dls, console, out, frozen_epochs, seed, size)
     best = rows[rows.readout.isin(READOUTS)].sort_values('point').readout.iloc[-1]
-    learn,row = fine_tune_step(pre, dls, console, best, tune_epochs, 1e-3, seed)
+    learn,row = fine_tune_step(pre, dls, console, best, learners[best], tune_epochs, 1e-3*bs/256, seed)
     rows = pd.concat([rows, pd.DataFrame([row])], ignore_index=True)
     rows.to_csv(out/'scores.csv', index=False)
     learn.export(out/'model.pkl')

@@ -20,7 +20,7 @@ from torch import nn
 from .aggregate import PMA, PPA, Last, Static, mlp_head
 from .data import ecg_dls
 from .layers import LayerStack
-from .learner import evaluate, find_encoder, readout_learner, split_patients
+from .learner import evaluate, find_encoder, fit_to, readout_learner, split_patients
 from .metrics import score
 
 # %% ../nbs/60_probe.ipynb #9bcb3d27
@@ -31,12 +31,10 @@ def layer_features(
     bs:int=128, # Records at a time
 ): # `dls` whose `x` is the pooled stack `[1+n_layers,d]`, with the same labels, splits, patients
     "Run the frozen encoder once over `dls`: pooled features of the embeddings and of every layer, as `dls`"
-    enc = find_encoder(arch)
-    was_training, stack = enc.training, LayerStack(enc).eval()
+    stack = LayerStack(fit_to(deepcopy(find_encoder(arch)), dls)).eval()
     device,(train,valid) = next(stack.parameters()).device,(_arrays(dls[i]) for i in (0,1))
     X = torch.cat([train[0],valid[0]])
     h = torch.cat([stack(x.to(device)).cpu() for x in X.split(bs)]).numpy()
-    enc.train(was_training)
     is_valid = np.arange(len(X)) >= len(train[0])
     parts = [np.asarray(dls[i].dataset.split_idxs) for i in (0,1)]
     table = dls.table.iloc[np.concatenate(parts)].reset_index(drop=True) if getattr(dls, 'table', None) is not None else None
