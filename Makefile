@@ -19,12 +19,12 @@ demo: .venv/.ok ## the whole path on made-up ECGs: pretrain, compare read-outs, 
 	ecg-pma demo
 
 test: .venv/.ok ## every notebook and every test
-	nbdev-test --n-workers 2
+	OMP_NUM_THREADS=1 nbdev-test --n-workers 2
 	pytest --no-notebooks
 
 export: .venv/.ok ## notebooks -> modules, outputs refreshed, README and settings.ini rewritten: before a commit
 	nbdev-export
-	nbdev-test --n-workers 2 --save
+	OMP_NUM_THREADS=1 nbdev-test --n-workers 2 --save
 	nbdev-clean
 	$(MAKE) readme settings
 

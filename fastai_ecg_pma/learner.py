@@ -159,4 +159,4 @@ def predict_record(
     "Probabilities for one WFDB record, prepared as in training. `BadRecord` or `FileNotFoundError` says what is wrong with the file"
     if learn.prep is None: raise ValueError('this learner does not know its preprocessing: make its dls with `prep`')
     x = torch.from_numpy(learn.prep(path))[None].to(next(learn.model.parameters()).device)
-    return pd.Series(learn.model.eval()(x)[0].sigmoid().cpu().numpy(), learn.vocab, name=str(path))
+    return pd.Series(learn.model.eval()(x)[0].sigmoid().cpu().numpy(), learn.vocab, name=Path(path).name)

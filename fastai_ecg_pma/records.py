@@ -55,7 +55,6 @@ def _check_header(h, path):
     for g,name in zip(h.adc_gain, h.sig_name):
         if not g or not np.isfinite(g): bad(f'lead {name} has gain {g}')
     for file in set(h.file_name):
-        if Path(file).name != file: bad(f'its header points outside its folder, to {file}')
         if not (f := path.parent/file).exists(): raise FileNotFoundError(f'{path}: its signal file {f} is missing')
         need = h.sig_len*sum(_BYTES.get(fmt, 0) for fmt,n in zip(h.fmt, h.file_name) if n==file)
         if f.stat().st_size < need: bad(f'{f.name} is cut short: the header promises {need:.0f} bytes, it has {f.stat().st_size}')
