@@ -26,7 +26,9 @@ export: .venv/.ok ## notebooks -> modules, outputs refreshed, README and setting
 	nbdev-export
 	OMP_NUM_THREADS=1 nbdev-test --n-workers 2 --save
 	nbdev-clean
-	$(MAKE) readme settings
+	python tools/readme.py
+	python tools/settings.py
+	touch .venv/.ok  # nbdev-export touches pyproject.toml
 
 check: .venv/.ok ## exports current, notebooks clean, README and settings.ini in step
 	pytest tests/test_repository.py
