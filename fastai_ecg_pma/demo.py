@@ -99,7 +99,7 @@ def demo(
     data:str=None, # A folder in PTB-XL's layout; none: 300 made-up ECGs are written to OUT/ecgs
     out:str='demo_out', # Where pictures, tables, models and settings go
     task:str='superdiagnostic', # One of PTB-XL's six tasks
-    pretrain_epochs:int=None, # Epochs of masked pretraining; none: 40, or 12 on made-up ECGs
+    pretrain_epochs:int=40, # Epochs of masked pretraining
     frozen_epochs:int=40, # Epochs of each read-out on frozen features
     tune_epochs:int=4, # Epochs of fine-tuning
     encoder:str=None, # A saved encoder to read instead of pretraining one
@@ -109,7 +109,6 @@ def demo(
     n_workers:int=2, # Processes that read the records
 ):
     "From a folder of WFDB records to predictions: pretrain on folds 1-8, compare read-outs on fold 9, fine-tune the best, predict one record"
-    pretrain_epochs = pretrain_epochs or (40 if data else 12)
     settings, console, out = {k: str(v) if isinstance(v, Path) else v for k,v in locals().items()}, Console(), Path(out)
     folder = Path(data) if data else _made_up(out/'ecgs', console)
     dls = ptbxl_dls(folder, task, bs=bs, n_workers=n_workers, progress=True)
