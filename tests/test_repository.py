@@ -86,7 +86,7 @@ def test_modules_import_only_from_lower_numbers(root):
 def test_import_is_light(root):
     code = 'import sys, fastai_ecg_pma as p; print(p.__version__, *sorted({"torch", "numpy", "fastai", "tsai"} & set(sys.modules)))'
     r = run(sys.executable, '-c', code, cwd=root)
-    assert r.stdout.split() == ['0.1.0'] and not r.stderr
+    assert len(r.stdout.split()) == 1 and not r.stderr          # the version, and none of the heavy ones
 
 
 def test_star_import_gives_the_public_names(root):

@@ -1,5 +1,5 @@
 "Write settings.ini, a mirror of pyproject.toml in nbdev 2's keys; `--check` fails if it is out of step"
-import ast
+import re
 import sys
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def render():
     "The text of settings.ini"
     t = tomllib.loads((ROOT/'pyproject.toml').read_text())
     p, n = t['project'], t['tool']['nbdev']
-    version = ast.literal_eval((ROOT/p['name']/'__init__.py').read_text().split('=')[1].strip())
+    version = re.search(r'__version__ = "(.+?)"', (ROOT/p['name']/'__init__.py').read_text())[1]
     keys = dict(repo=p['name'], lib_name=p['name'], lib_path=p['name'], nbs_path='nbs', doc_path='_docs', title=n['title'], description=p['description'],
                 author=p['authors'][0]['name'], license='apache2', version=version, min_python=p['requires-python'].removeprefix('>='),
                 keywords=' '.join(p['keywords']), requirements=' '.join(p['dependencies']), dev_requirements=' '.join(p['optional-dependencies']['dev']),
