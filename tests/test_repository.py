@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -39,9 +41,10 @@ def test_notebooks_are_clean(root, copy):
 
 
 def test_notebooks_hold_no_machine_path(root):
+    machine = ['site-packages', str(root), str(Path.home()), tempfile.gettempdir()]
     for p in (root/'nbs').glob('*.ipynb'):
         text = p.read_text()
-        assert not re.search(r'site-packages|/home/|/root/|/work/|/tmp/', text), p.name
+        assert [m for m in machine if m in text] == [], p.name
         cells = [c for c in json.loads(text)['cells'] if c['cell_type'] == 'code']
         assert len({c['id'] for c in cells}) == len(cells)
 
@@ -93,10 +96,3 @@ def test_star_import_gives_the_public_names(root):
     code = 'from fastai_ecg_pma.all import *; print(pma_learner.__module__, "np" in dir(), "torch" in dir())'
     r = run(sys.executable, '-W', 'ignore', '-c', code, cwd=root)
     assert r.stdout.split() == ['fastai_ecg_pma.learner', 'False', 'False'], r.stderr
-
-
-def test_nothing_of_a_machine_is_tracked(root):
-    if not (root/'.git').exists(): pytest.skip('not a clone')
-    files = [f for f in run('git', 'ls-files', cwd=root).stdout.split() if not f.endswith(('.png', '.svg'))]
-    assert 'fastai_ecg_pma/vit1d.py' in files
-    for f in files: assert not re.search(r'index-url|"resolved":\s*"http', (root/f).read_text()) or f.startswith('tests/'), f
