@@ -66,7 +66,7 @@ def ptbxl_dls(
     train_folds=range(1,9), # Official folds for training
     valid_folds=(9,), # Official folds for validation
     **kwargs):
-    "tsai `dls` of PTB-XL with the official folds and labels; kwargs go to `wfdb_dls` and tsai's `get_ts_dls`"
+    "tsai `dls` of PTB-XL with the official folds and labels; kwargs go to `wfdb_dls` and `ecg_dls`"
     table,col = ptbxl_table(folder),{100:'filename_lr', 500:'filename_hr'}.get(rate)
     if col not in table: raise ValueError(f'no files at {rate} Hz: the table has {", ".join(c for c in table if "filename" in c)}')
     if both := set(train_folds) & set(valid_folds): raise ValueError(f'fold {min(both)} is asked for in training and in validation')
