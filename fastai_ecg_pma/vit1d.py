@@ -111,7 +111,7 @@ class ViT1d(nn.Module):
 
     def forward(self, x):
         for h in self.states(x): pass
-        return self.norm(self.patches(h)).flatten(1,2).transpose(1,2)
+        return self.patches(self.norm(h)).flatten(1,2).transpose(1,2)
 
     def _check(self, x):
         want = (len(self.leads), self.seq_len)
