@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from rich.progress import track
-from tsai.data.core import TSDataLoader, TSDataLoaders, TSDatasets, TSMultiLabelClassification
+from tsai.data.core import TSClassification, TSDataLoader, TSDataLoaders, TSDatasets, TSMultiLabelClassification, TSRegression
 
 from .records import Preprocess
 
@@ -73,25 +73,43 @@ class EcgDataLoaders(TSDataLoaders): _dl_type = EcgDataLoader
 # %% ../nbs/11_data.ipynb #861fea88
 def ecg_dls(
     X, # `[n_records,n_leads,seq_len]` float32
-    y=None, # 0/1 matrix `[n_records,n_labels]`; None: unlabelled
-    vocab=None, # Names of the labels
+    y=None, # 0/1 matrix `[n_records,n_labels]`; one class a record, `[n_records]` numbers or names; floats to predict; None: unlabelled
+    vocab=None, # Names of the labels or classes; None: those in `y`, or floats to predict
     valid=None, # Boolean `[n_records]`, `True` = validation
     prep:Preprocess=None, # How `X` was made; travels with the `dls`, the learner and the weights
     table=None, # DataFrame with one row a record, kept as `dls.table`
     bs:int=64, # Batch size of training; validation takes twice as many
     **kwargs):
-    "tsai `dls` of multi-label ECGs, with `prep`, `table`, `bad` and `vocab`; kwargs go to tsai's `TSDataLoaders.from_dsets`"
+    "tsai `dls` of ECGs with many labels, one class or numbers each, with `prep`, `table`, `bad` and, for labels, `vocab`; kwargs go to tsai's `TSDataLoaders.from_dsets`"
     valid = np.asarray(valid, bool)
     if valid.shape != (len(X),): raise ValueError(f'valid has shape {valid.shape}, expected one True or False for each of {len(X)} records')
     for name,part in (('training', ~valid), ('validation', valid)):
         if not part.any(): raise ValueError(f'the {name} split is empty: {len(X)} records, {valid.sum()} of them for validation')
     if not np.isfinite(X).all(): raise ValueError(f'record {np.argwhere(~np.isfinite(X))[0][0]} of X has invalid samples')
     splits, n_train = (np.flatnonzero(~valid).tolist(), np.flatnonzero(valid).tolist()), int((~valid).sum())
-    tfms, items = (None, None) if y is None else _multi_label(y, vocab, len(X))
+    tfms, items = (None, None) if y is None else _targets(np.asarray(y), vocab, len(X))
     dsets = TSDatasets(X, items, splits=splits, tfms=tfms)
     dls = EcgDataLoaders.from_dsets(dsets.subset(0), dsets.subset(1), bs=[min(bs, n_train), 2*bs], **kwargs)
     dls.prep, dls.table, dls.bad = prep, table, pd.DataFrame(columns=['row','record','reason'])
     return dls
+
+def _targets(y, vocab, n):
+    "tsai's transforms and targets: one class where `y` is one name or whole number a record, numbers where there are no names, else many labels"
+    if len(y) != n: raise ValueError(f'y has {len(y)} rows for {n} records')
+    if y.ndim == 1 and y.dtype.kind != 'f': return _one_class(y, vocab)
+    if vocab is not None: return _multi_label(y, vocab, n)
+    if y.dtype.kind not in 'fiu' or not np.isfinite(y).all(): raise ValueError('y without a vocab is what to predict: finite numbers, one or a row for each record')
+    return [None, TSRegression()], y.astype(np.float32)
+
+def _one_class(y, vocab):
+    "tsai's transform and targets for one class a record: names, or with a `vocab` their numbers in it"
+    if vocab is None: vocab = sorted(set(y.tolist()))
+    elif y.dtype.kind in 'iub':
+        if y.min() < 0 or y.max() >= len(vocab): raise ValueError(f'y holds class {y.max() if y.max() >= len(vocab) else y.min()}, the vocab has {len(vocab)} names')
+        y = np.array(vocab)[y.astype(int)]
+    names, vocab = np.array([str(v) for v in y.tolist()]), [str(v) for v in vocab]
+    if odd := sorted(set(names.tolist()) - set(vocab)): raise ValueError(f'y holds {odd[0]!r}, which is not in the vocab: {", ".join(vocab)}')
+    return [None, TSClassification(vocab=vocab, sort=False)], names
 
 def _multi_label(y, vocab, n):
     "tsai's transform and targets (an object array of lists of names) for a 0/1 matrix"

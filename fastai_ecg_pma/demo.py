@@ -19,7 +19,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .aggregate import Last
-from .learner import evaluate, make_vit, pma_learner, predict_record, pretrain_learner
+from .encoder import make_vit
+from .learner import evaluate, pma_learner, predict_record, pretrain_learner
 from .probe import READOUTS, compare_readouts, gate_by_class, layer_features, plot_gates, plot_layers, probe_layers
 from .ptbxl import ptbxl_dls
 from .synth import synth_ptbxl

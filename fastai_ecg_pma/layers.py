@@ -40,7 +40,7 @@ class LayerStack(nn.Module):
     ):
         super().__init__()
         self.encoder,self.layers,self.pool,self.normed = encoder,layers,pool,normed
-        self.branches,self.blocks = None,blocks
+        self.branches,self.blocks,self.shelved = None,blocks,[]
         if x is None and hasattr(encoder, 'leads') and hasattr(encoder, 'seq_len'): x = (len(encoder.leads), encoder.seq_len)
         if x is not None: self.ask(x)
 
@@ -107,7 +107,8 @@ def ask(self:LayerStack, x):
     m, a = self.encoder, _example(x, self.encoder)
     b = a + torch.rand_like(a)*.9 if a.is_floating_point() else a.roll(1, -1)          # a category written as a number stays one
     with asking(m):
-        self._find_layers(trace(m, a.clone()), trace(m, a[:2].clone()))
+        found = self.blocks if self.blocks is not None else find_blocks(m)
+        self._find_layers(found, _run(m, a), _run(m, a[:2]))
         h = self.watch(a.clone())
         self.widths, self.n_tokens, self.d = _widths(self, a), h[0].shape[1], h[0].shape[2]
         self._check_alone(a, b, h)
@@ -123,6 +124,10 @@ def _example(x, model):
     x = x[torch.arange(3) % len(x)]
     return x.nan_to_num().to(p.dtype) if x.is_floating_point() else x
 
+def _run(model, x):
+    try: return trace(model, x.clone())
+    except RuntimeError as e: raise ValueError(f'{type(model).__name__} does not run on x of shape {list(x.shape)}: {e}') from e
+
 def _widths(stack, a):
     "Width of each branch"
     branches, widths = stack.branches, []
@@ -132,13 +137,14 @@ def _widths(stack, a):
     stack.branches = branches
     return widths
 
-# %% ../nbs/20_layers.ipynb #70f80b39
+# %% ../nbs/20_layers.ipynb #feb05ae8
 @patch
-def _find_layers(self:LayerStack, calls, calls_of_two):
-    m, found = self.encoder, self.blocks if self.blocks is not None else find_blocks(self.encoder)
+def _find_layers(self:LayerStack, found, calls, calls_of_two):
+    m = self.encoder
     lists = [list(bs) for bs in (found if isinstance(found[0], (list,tuple)) else [found])]
     self.branches = [find_taps(m, bs, calls) for bs in lists]
-    kept = {id(b) for bs in lists for b in bs}
+    path, kept = {id(k): n for n,k in m.named_modules()}, {id(b) for bs in lists for b in bs}
+    self.layer_paths = [[path[id(b)] for b in bs] for bs in zip(*lists)]                        # of each layer, one in each branch
     self.sizes = {n: len(c) for n,c in m.named_modules() if isinstance(c, (nn.ModuleList, nn.Sequential)) and any(id(k) in kept for k in c)}
     self.blocks, self.chosen = None, _choose(self.layers, len(lists[0]))
     (path,nth,_) = self.branches[0][0][0]

@@ -14,6 +14,7 @@ from .vit1d import Block, init_weights, sincos_positions, visible_idx
 # %% ../nbs/32_mae.ipynb #41cfad24
 class MAE(nn.Module):
     "`x` `[bs,n_leads,seq_len]` and `mask` `[bs,n_leads,n_patches]` (`True` = hidden) -> every patch rebuilt, `[bs,n_leads,n_patches,ps]`"
+    mixes_leads = False                 # each token is of one lead
     def __init__(self,
         encoder, # A `ViT1d`
         d:int=256, # Width of the decoder
@@ -22,7 +23,7 @@ class MAE(nn.Module):
         all_layers:bool=False, # Decode from the mean of all layers (IPASTMEM) instead of the last one (STMEM)
     ):
         super().__init__()
-        self.encoder,self.all_layers = encoder,all_layers
+        self.encoder,self.all_layers,self.ps = encoder,all_layers,encoder.ps
         self.embed = nn.Linear(encoder.d, d)
         self.mask_token = nn.Parameter(torch.empty(d))
         self.register_buffer('pos', sincos_positions(encoder.n_patches, d))

@@ -21,15 +21,18 @@ class MaskPatches(Callback):
         ps:int, # Samples a patch
         ratio:float=0.75, # Share of patches to hide in each lead
         seed:int=0, # Seed of the validation masks
-    ): self.ps,self.ratio,self.seed = ps,ratio,seed
+        same_times:bool=False, # Hide the same times in all leads: for models whose tokens mix the leads
+    ): self.ps,self.ratio,self.seed,self.same_times = ps,ratio,seed,same_times
 
     def before_validate(self): self.valid_rng = torch.Generator().manual_seed(self.seed)
 
     def before_batch(self):
         x = self.x
         patches = patchify(x, self.ps)
-        mask = random_mask(patches.shape[:3], self.ratio, device=x.device) if self.training \
-            else random_mask(patches.shape[:3], self.ratio, self.valid_rng).to(x.device)
+        bs,n_leads,n_patches = patches.shape[:3]
+        shape = (bs, 1 if self.same_times else n_leads, n_patches)
+        mask = random_mask(shape, self.ratio, device=x.device) if self.training else random_mask(shape, self.ratio, self.valid_rng).to(x.device)
+        mask = mask.expand(bs, n_leads, -1)
         self.learn.xb,self.learn.yb = (x,mask),(patches,mask)
 
 # %% ../nbs/33_pretrain.ipynb #ef6cc625
@@ -48,7 +51,7 @@ class PretrainLearner(Learner):
         "Draw one record of the first batch: grey hidden, red rebuilt. `leads` defaults to at most four"
         x,mask,pred = self.rebuild(ds_idx)
         if not 0 <= record < len(x): raise ValueError(f'record {record} is not in the first batch of {len(x)}')
-        names = self.encoder.leads
+        names = getattr(self.encoder, 'leads', None) or list(getattr(getattr(self.dls, 'prep', None), 'leads', range(x.shape[1])))
         return show_rebuilt(x[record], mask[record], pred[record], names, leads or names[:4], getattr(self.dls, 'prep', None), figsize)
 
 # %% ../nbs/33_pretrain.ipynb #2a909509

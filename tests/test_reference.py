@@ -3,7 +3,8 @@ import json
 
 import numpy as np, pytest, torch
 
-from fastai_ecg_pma.aggregate import PMA, PPA, FusedModel, Last, ReadOut, mlp_head
+from fastai_ecg_pma.aggregate import PPA, FusedModel, Last, ReadOut, mlp_head
+from fastai_ecg_pma.gate import PMA
 from fastai_ecg_pma.layers import LayerStack
 from fastai_ecg_pma.mae import MAE
 from fastai_ecg_pma.masking import mask_from_noise, masked_mse, patchify
