@@ -68,7 +68,9 @@ class PMA(Fuse):
         "Scores `[bs,n_layers]`; a subclass with several gates gives them an axis before the layers"
         return self.gate(GATE_INPUTS[self.reads](h if h.ndim == 3 else h.mean(2)))
 
-    def weights(self, h): return begin_at(self.choose(self.scores(h)), self.first).movedim(-1, 1)
+    def weights(self, h):
+        w = begin_at(self.choose(self.scores(h)), self.first)
+        return w if w.ndim == 2 else w.transpose(1, 2)
 
     def _start_equal(self):
         w = self.choose(torch.zeros(self.n_layers))

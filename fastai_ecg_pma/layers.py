@@ -11,7 +11,7 @@ from collections import defaultdict
 from fastcore.basics import patch
 from torch import nn
 
-from .blocks import asking, find_blocks, find_taps, first_tensor, fix_parameters, trace
+from .blocks import asking, block_lists, find_blocks, first_tensor, trace, try_blocks
 
 # %% ../nbs/20_layers.ipynb #4df52097
 def mean_tokens(patches, special=None):
@@ -40,7 +40,7 @@ class LayerStack(nn.Module):
     ):
         super().__init__()
         self.encoder,self.layers,self.pool,self.normed = encoder,layers,pool,normed
-        self.branches,self.blocks,self.shelved = None,blocks,[]
+        self.branches,self.blocks,self.shelved,self.blank = None,blocks,[],False
         if x is None and hasattr(encoder, 'leads') and hasattr(encoder, 'seq_len'): x = (len(encoder.leads), encoder.seq_len)
         if x is not None: self.ask(x)
 
@@ -107,8 +107,8 @@ def ask(self:LayerStack, x):
     m, a = self.encoder, _example(x, self.encoder)
     b = a + torch.rand_like(a)*.9 if a.is_floating_point() else a.roll(1, -1)          # a category written as a number stays one
     with asking(m):
-        found = self.blocks if self.blocks is not None else find_blocks(m)
-        self._find_layers(found, _run(m, a), _run(m, a[:2]))
+        if self.blocks is None: find_blocks(m)                                  # refuses a model without layers before it runs
+        self._find_layers(block_lists(m) if self.blocks is None else [_as_branches(self.blocks)], _run(m, a), _run(m, a[:2]))
         h = self.watch(a.clone())
         self.widths, self.n_tokens, self.d = _widths(self, a), h[0].shape[1], h[0].shape[2]
         self._check_alone(a, b, h)
@@ -137,12 +137,11 @@ def _widths(stack, a):
     stack.branches = branches
     return widths
 
-# %% ../nbs/20_layers.ipynb #feb05ae8
+# %% ../nbs/20_layers.ipynb #b78a1903
 @patch
-def _find_layers(self:LayerStack, found, calls, calls_of_two):
+def _find_layers(self:LayerStack, candidates, calls, calls_of_two):
     m = self.encoder
-    lists = [list(bs) for bs in (found if isinstance(found[0], (list,tuple)) else [found])]
-    self.branches = [find_taps(m, bs, calls) for bs in lists]
+    lists, self.branches = try_blocks(m, candidates, calls)
     path, kept = {id(k): n for n,k in m.named_modules()}, {id(b) for bs in lists for b in bs}
     self.layer_paths = [[path[id(b)] for b in bs] for bs in zip(*lists)]                        # of each layer, one in each branch
     self.sizes = {n: len(c) for n,c in m.named_modules() if isinstance(c, (nn.ModuleList, nn.Sequential)) and any(id(k) in kept for k in c)}
@@ -152,6 +151,8 @@ def _find_layers(self:LayerStack, found, calls, calls_of_two):
     axes = [i for i,(p,q) in enumerate(zip(s3, s2)) if p*2 == q*3]
     if len(axes) != 1: raise ValueError(f'no axis of the states of {type(m).__name__} grows with the number of records: {list(s3)} for 3, {list(s2)} for 2')
     self.batch_axis,self.fold = axes[0], s3[axes[0]]//3
+
+def _as_branches(blocks): return [list(b) for b in (blocks if isinstance(blocks[0], (list,tuple)) else [blocks])]
 
 def _choose(layers, n):
     "Indices 1…n of the chosen layers"
@@ -179,7 +180,8 @@ def _check_alone(self:LayerStack, a, b, h):
 def _find_tokens(self:LayerStack, a, b, h0):
     "Which tokens hold signal, and of which lead"
     signal = (self.watch(b.clone())[0][0] != h0[0]).any(-1).cpu().numpy()
-    if not signal.any(): signal[:] = True                               # latents: all of them read the signal later
+    self.blank = not signal.any()                                       # latents: they read the signal later, in the layers
+    if self.blank: signal[:] = True
     lead = self._find_leads(a, b) if a.ndim > 2 and a.shape[1] <= 64 else None
     tokens = np.flatnonzero(signal)
     self.n_leads, self.has_leads = 1, False

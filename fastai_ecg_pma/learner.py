@@ -85,6 +85,9 @@ def readout_learner(
     task, n_out = task_of(dls)
     L, d = backbone.n_layers, backbone.d
     fuse, pool = readout(L, d), token_pool(d) if token_pool else None
+    if getattr(fuse, 'reads', None) == 'embeddings' and getattr(backbone, 'blank', False): raise ValueError(
+        f"the embeddings of {type(backbone.encoder).__name__} are the same for every recording (it reads the signal in its layers), so a gate on them could not "
+        "tell recordings apart: readout=partial(PMA, reads='mean')")
     n_leads = _lead_axis(dls, backbone, pool)
     read = ReadOut(fuse, head(fused_width(fuse, n_leads), n_out), layer_norm(L, d) if layer_norm else None, pool)
     learn = Learner(dls, FusedModel(backbone, read), metrics=METRICS[task]() if metrics is None else metrics, splitter=splitter, wd=wd, train_bn=False,

@@ -92,8 +92,8 @@ class ViT1d(nn.Module):
         p = self.embed(patchify(x, self.ps)) + self.pos[1:-1]
         if mask is not None: p = p.gather(2, visible_idx(mask)[...,None].expand(-1,-1,-1,self.d))
         sep = self.sep + self.pos[[0,-1]]
-        first, last = (s.expand(*p.shape[:2], 1, -1) for s in sep)
-        return (torch.cat([first, p, last], 2) + self.lead[self.lead_idx][:,None]).flatten(1,2)
+        ends = torch.cat([sep[:1], sep.new_zeros(p.shape[2], self.d), sep[1:]])
+        return (nn.functional.pad(p, (0,0,1,1)) + ends + self.lead[self.lead_idx][:,None]).flatten(1,2)
 
     def states(self, x, mask=None):
         "Yields h_0 (the tokens entering block 1), then the output of each block: `1+n_layers` times `[bs,n_tokens,d]`"
