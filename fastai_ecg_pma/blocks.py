@@ -90,6 +90,8 @@ def find_taps(
     calls, # From `trace`
 ): # `1+n_layers` taps: the embeddings, then each layer; and the path of the final norm or None
     "Where the states of `blocks` pass by"
+    if any(c.out is not None and c.out.is_nested for c in calls): raise ValueError(
+        f'{type(model).__name__} passes nested tensors between its layers: make its nn.TransformerEncoder with enable_nested_tensor=False')
     parts = _parts(model, blocks, calls)
     level = [c for c in calls if c.path in {p for ps in parts for p in ps}]
     starts = [c for c in level if c.path in {ps[0] for ps in parts}]
@@ -154,17 +156,18 @@ def fix_parameters(
     names=None # Of the parameters; None: all
 ):
     "Turn parameters of `module` into buffers under the same names"
-    for name in [n for n,_ in module.named_parameters()] if names is None else names:
-        path,_,leaf = name.rpartition('.')
-        m = module.get_submodule(path)
-        value = m._parameters.pop(leaf).detach()
-        m.register_buffer(leaf, value)
+    own, made = dict(module.named_parameters(remove_duplicate=False)), {}
+    tied = {id(own[n]) for n in (own if names is None else names)}              # a parameter may have several names
+    for name,p in own.items():
+        m, leaf = module.get_submodule(name.rpartition('.')[0]), name.rpartition('.')[2]
+        if id(p) in tied and m._parameters.pop(leaf, None) is not None: m.register_buffer(leaf, made.setdefault(id(p), p.detach()))
     return module
 
 def free_parameters(module, names):
     "The way back: buffers of `module` become parameters again"
-    for name in names:
-        path,_,leaf = name.rpartition('.')
-        m = module.get_submodule(path)
-        if leaf in m._buffers: m.register_parameter(leaf, nn.Parameter(m._buffers.pop(leaf)))
+    own, made = dict(module.named_buffers(remove_duplicate=False)), {}
+    tied = {id(own[n]) for n in names if n in own}
+    for name,b in own.items():
+        m, leaf = module.get_submodule(name.rpartition('.')[0]), name.rpartition('.')[2]
+        if id(b) in tied and m._buffers.pop(leaf, None) is not None: m.register_parameter(leaf, made.setdefault(id(b), nn.Parameter(b)))
     return module

@@ -40,7 +40,7 @@ class LayerStack(nn.Module):
     ):
         super().__init__()
         self.encoder,self.layers,self.pool,self.normed = encoder,layers,pool,normed
-        self.branches,self.blocks,self.shelved,self.blank = None,blocks,[],False
+        self.branches,self.blocks,self.blank,self.copies = None,blocks,False,False
         if x is None and hasattr(encoder, 'leads') and hasattr(encoder, 'seq_len'): x = (len(encoder.leads), encoder.seq_len)
         if x is not None: self.ask(x)
 
@@ -68,8 +68,9 @@ def watch(self:LayerStack, x):
     taps = [[taps[l] for l in (0,*self.chosen)] for taps,_ in self.branches]
     for path in {t.path for b in taps for t in b}:
         m = self.encoder.get_submodule(path)
-        hooks += [m.register_forward_pre_hook(lambda m,a,k,path=path: seen[path,'inp'].append(first_tensor((a,k))), with_kwargs=True),
-                  m.register_forward_hook(lambda m,a,out,path=path: seen[path,'out'].append(first_tensor(out)))]
+        keep = lambda t: t.clone() if self.copies else t
+        hooks += [m.register_forward_pre_hook(lambda m,a,k,path=path: seen[path,'inp'].append(keep(first_tensor((a,k)))), with_kwargs=True),
+                  m.register_forward_hook(lambda m,a,out,path=path: seen[path,'out'].append(keep(first_tensor(out))))]
     try: self.encoder(x)
     finally:
         for h in hooks: h.remove()
@@ -79,7 +80,8 @@ def watch(self:LayerStack, x):
 def arrange(self:LayerStack, seen, tap):
     "One state as `[bs,n_tokens,d]`: records first, leads that were folded into them among the tokens"
     s = seen[tap.path, tap.side[:3]]
-    if tap.nth >= len(s): raise ValueError(f'{tap.path} ran {len(s)} times, not {tap.nth+1} as when this LayerStack was made: make a new one')
+    if tap.nth >= len(s): raise ValueError(f'{tap.path} ran {len(s)} times, not {tap.nth+1} as when this LayerStack was made: '
+                                       'make a new one, and switch off what skips layers in training')
     h = s[tap.nth].transpose(1,2) if tap.side == 'inpT' else s[tap.nth]
     h = h.movedim(self.batch_axis, 0)
     return (h.unflatten(0, (-1, self.fold)) if self.fold > 1 else h).flatten(1,-2)
@@ -104,17 +106,26 @@ def n_layers(self:LayerStack): return len(self.chosen)
 @patch
 def ask(self:LayerStack, x):
     "Find out, on an example batch `x` or its shape, all that the stack has to know of its encoder"
-    m, a = self.encoder, _example(x, self.encoder)
-    b = a + torch.rand_like(a)*.9 if a.is_floating_point() else a.roll(1, -1)          # a category written as a number stays one
+    m = self.encoder
     with asking(m):
+        a = _example(x, m)
+        b = a + torch.rand_like(a)*.9 if a.is_floating_point() else a.roll(1, -1)      # a category written as a number stays one
         if self.blocks is None: find_blocks(m)                                  # refuses a model without layers before it runs
         self._find_layers(block_lists(m) if self.blocks is None else [_as_branches(self.blocks)], _run(m, a), _run(m, a[:2]))
-        h = self.watch(a.clone())
+        h = self._without_surprise(a)
         self.widths, self.n_tokens, self.d = _widths(self, a), h[0].shape[1], h[0].shape[2]
         self._check_alone(a, b, h)
         self._find_tokens(a, b, h[0])
         self.unused = self._find_unused(a[:2])
     return self
+
+@patch
+def _without_surprise(self:LayerStack, a):
+    "The states as they pass by. A model that writes into them afterwards (`nn.ReLU(inplace=True)`) has them copied from now on"
+    seen, self.copies = self.watch(a.clone()), True
+    h = self.watch(a.clone())
+    self.copies = any(not torch.equal(s, t) for s,t in zip(seen, h))
+    return h
 
 def _example(x, model):
     "Three records to ask with: made up for a shape, else the first of a batch, without its gaps"
@@ -199,7 +210,7 @@ def _find_leads(self:LayerStack, a, b):
     c = a[:1].repeat(n+1, *[1]*(a.ndim-1))
     for i in range(n): c[i+1,i] = b[0,i]
     h = self.watch(c)[0]
-    moves = (h[1:] != h[:1]).any(-1).cpu().numpy()                      # [n_leads,n_tokens]
+    moves = ((h[1:]-h[:1]).abs().amax(-1) > 1e-5*h.abs().amax()).cpu().numpy()          # [n_leads,n_tokens]; kernels round by place in the batch
     return np.where(moves.sum(0) == 1, moves.argmax(0), -1)
 
 @patch

@@ -19,8 +19,8 @@ from fastcore.basics import listify
 from fastcore.meta import delegates
 from tsai.models.utils import ts_splitter
 
-from .aggregate import FusedModel, ReadOut, fused_width, mlp_head
-from .encoder import build_arch, encoder_stack, example, find_encoder, fit_to, is_class, make_vit
+from .aggregate import FusedModel, ReadOut, SignedStatic, Static, fused_width, mlp_head
+from .encoder import build_arch, encoder_stack, example, find_encoder, fit_to, is_class, make_vit, unshelve
 from .gate import PMA
 from .mae import MAE
 from .masked import MaskedModel
@@ -46,7 +46,7 @@ def pretrain_learner(
     "Masked pretraining (ST-MEM): `fit_one_cycle`, `show_results`, then hand it to `pma_learner`"
     if seed is not None: set_seed(seed, reproducible=True)
     if arch is None: enc = make_vit(dls, size, ps)
-    else: enc = fit_to(find_encoder(build_arch(dls, arch, arch_config) if is_class(arch) else arch), dls)
+    else: enc = fit_to(unshelve(find_encoder(build_arch(dls, arch, arch_config) if is_class(arch) else arch)), dls)
     model = _masked_autoencoder(enc, dls, ps, all_layers, decoder)
     mask = MaskPatches(model.ps, ratio, same_times=model.mixes_leads)
     return PretrainLearner(dls, model, loss_func=masked_mse, opt_func=opt_func, wd=wd, cbs=[mask, *listify(cbs)], **kwargs)
@@ -88,6 +88,8 @@ def readout_learner(
     if getattr(fuse, 'reads', None) == 'embeddings' and getattr(backbone, 'blank', False): raise ValueError(
         f"the embeddings of {type(backbone.encoder).__name__} are the same for every recording (it reads the signal in its layers), so a gate on them could not "
         "tell recordings apart: readout=partial(PMA, reads='mean')")
+    if L == 1 and isinstance(fuse, (PMA, Static, SignedStatic)): raise ValueError(
+        f'{type(fuse).__name__} weighs layers, and here is only one: read more of them, layers=…, or take readout=Last')
     n_leads = _lead_axis(dls, backbone, pool)
     read = ReadOut(fuse, head(fused_width(fuse, n_leads), n_out), layer_norm(L, d) if layer_norm else None, pool)
     learn = Learner(dls, FusedModel(backbone, read), metrics=METRICS[task]() if metrics is None else metrics, splitter=splitter, wd=wd, train_bn=False,

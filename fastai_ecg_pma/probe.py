@@ -111,6 +111,7 @@ def compare_readouts(
     feats=None, # From `layer_features`, where they were computed before
     **kwargs): # DataFrame: read-out, macro-AUROC and interval, parameters trained, seconds; and the learners by name
     "Train each read-out on the same frozen features and score it on the validation records; kwargs go to `score`"
+    if task_of(dls)[0] == 'numbers': raise ValueError('these dls hold numbers to predict: read-outs are compared by macro-AUROC, of labels or classes')
     feats = feats or layer_features(arch, dls)
     rows,learners = [],{}
     for name,fuse in readouts.items():

@@ -29,7 +29,8 @@ def audit_trainable(
     if not any(wrong.values()): wrong['without a gradient after one batch (the model does not use them)'] = _without_gradient(learn)
     if said := [f'{what}: {_some(names)}' for what,names in wrong.items() if names]: raise ValueError(
         'not every parameter is trained as it should be. ' + '; '.join(said) +
-        '. A read-out that stops at a lower layer needs `layers=`; a splitter must return every parameter once')
+        '. A read-out that stops at a lower layer needs `layers=`; a splitter must return every parameter once; '
+        'a loaded learner is told its phase by `freeze` or `unfreeze`')
 
 def _some(names): return ', '.join(names[:8]) + (f' and {len(names)-8} more' if len(names) > 8 else '')
 
@@ -52,9 +53,13 @@ def _without_gradient(learn):
     with no_random():
         for p in model.parameters():
             if p.requires_grad and not p.any(): p.data.normal_(std=1e-2)
-        b, n = [t.as_subclass(torch.Tensor) for t in learn.dls.one_batch()], learn.dls.n_inp
-        learn.loss_func(_training(model)(*b[:n]), *b[n:]).backward()
-    return [n for n,p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+        left = {n: p for n,p in _training(model).named_parameters() if p.requires_grad}
+        for _ in range(8):
+            if not left: break
+            b, n = [t.as_subclass(torch.Tensor) for t in learn.dls.one_batch()], learn.dls.n_inp
+            learn.loss_func(model(*b[:n]), *b[n:]).backward()
+            left = {n: p for n,p in left.items() if p.grad is None or not p.grad.any()}
+    return list(left)
 
 def _training(model):
     "In training mode, but for a frozen backbone"
