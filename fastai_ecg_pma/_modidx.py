@@ -104,6 +104,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fastai_ecg_pma.blocks.Call.__init__': ('blocks.html#call.__init__', 'fastai_ecg_pma/blocks.py'),
                                        'fastai_ecg_pma.blocks.Call.__repr__': ('blocks.html#call.__repr__', 'fastai_ecg_pma/blocks.py'),
                                        'fastai_ecg_pma.blocks.Tap': ('blocks.html#tap', 'fastai_ecg_pma/blocks.py'),
+                                       'fastai_ecg_pma.blocks._after': ('blocks.html#_after', 'fastai_ecg_pma/blocks.py'),
                                        'fastai_ecg_pma.blocks._check_equal': ('blocks.html#_check_equal', 'fastai_ecg_pma/blocks.py'),
                                        'fastai_ecg_pma.blocks._final_norm': ('blocks.html#_final_norm', 'fastai_ecg_pma/blocks.py'),
                                        'fastai_ecg_pma.blocks._members': ('blocks.html#_members', 'fastai_ecg_pma/blocks.py'),

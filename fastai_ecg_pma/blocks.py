@@ -100,7 +100,11 @@ def find_taps(
         taps,last = [Tap(starts[0].path, starts[0].nth, 'inp'), *(Tap(c.path, c.nth, 'out') for c in starts)], starts[-1].out
     else: taps,last = _taps_outside(model, starts, level, calls)
     _check_equal(model, [c.inp for c in starts]+[last])
-    return taps, _final_norm(model, calls[calls.index(level[-1])+1:], last)
+    return taps, _final_norm(model, _after(level[-1], calls), last)
+
+def _after(call, calls):
+    "Calls that begin when `call` is over: not those inside of it"
+    return [c for c in calls[calls.index(call)+1:] if not c.path.startswith(f'{call.path}.')]
 
 def _parts(model, blocks, calls):
     "Paths of the modules of each block that ran: of the block itself, or of the members of a mere list"
@@ -116,7 +120,7 @@ def _taps_outside(model, starts, level, calls):
     cuts = [level.index(c) for c in starts] + [len(level)]
     want = [s.inp + sum(c.out for c in level[a:b]) if all(_shape(c.out)==_shape(s.inp) for c in level[a:b]) else None
             for s,a,b in zip(starts, cuts, cuts[1:])]
-    after = [(c,side) for c in calls[calls.index(level[-1])+1:] for side,inp in (('inp',c.inp), ('inpT',_transposed(c.inp))) if _same(inp, want[-1])]
+    after = [(c,side) for c in _after(level[-1], calls) for side,inp in (('inp',c.inp), ('inpT',_transposed(c.inp))) if _same(inp, want[-1])]
     if not after or not all(_same(w, s.inp) for w,s in zip(want, starts[1:])): raise ValueError(
         f'cannot tell the states of {type(model).__name__}: a layer neither is given what the one before gave back, nor that added to what '
         'it was given. Name other modules: blocks=[…]')
