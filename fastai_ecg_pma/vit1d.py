@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torchvision.ops import MLP, StochasticDepth
 
 from .masking import patchify
-from .records import LEADS, lead_name
+from .leads import LEADS, lead_name
 
 # %% ../nbs/31_vit1d.ipynb #a0458f74
 class Attention(nn.Module):

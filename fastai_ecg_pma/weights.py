@@ -12,7 +12,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .records import LEADS, Preprocess
+from .leads import LEADS
+from .records import Preprocess
 from .vit1d import ViT1d
 
 # %% ../nbs/34_weights.ipynb #d0f9b703
@@ -93,7 +94,7 @@ def load_encoder(
     if not path.exists(): raise FileNotFoundError(f'no encoder at {path}')
     config,state = _read_folder(path) if path.is_dir() else _read_pth(path, leads)
     enc = make_encoder(config['encoder'], state, path)
-    enc.prep = Preprocess(**config['preprocess']) if config['preprocess'] else None
+    enc.prep = Preprocess.from_dict(config['preprocess']) if config['preprocess'] else None
     return enc
 
 def _read_folder(path):
