@@ -41,11 +41,13 @@ def _check_scores(scores, targs):
     if not np.isfinite(scores).all(): raise ValueError(f'scores of record {np.argwhere(~np.isfinite(scores))[0][0]} are not finite: the model may have diverged')
     return scores,targs
 
-# %% ../nbs/40_metrics.ipynb #5c85180f
+# %% ../nbs/40_metrics.ipynb #2c1e55d2
 def macro_auroc(scores, targs) -> float:
     "Mean AUROC over the classes that have both a positive and a negative; `ValueError` where no class has"
-    a = class_aurocs(scores, targs)[0]
-    if np.isnan(a).all(): raise ValueError(f'none of the {len(a)} classes has both a positive and a negative among {len(targs)} records')
+    return _mean_of_scored(class_aurocs(scores, targs)[0], len(targs))
+
+def _mean_of_scored(a, n):
+    if np.isnan(a).all(): raise ValueError(f'none of the {len(a)} classes has both a positive and a negative among {n} records')
     return float(np.nanmean(a))
 
 def one_hot(y, n_classes:int):
@@ -59,11 +61,12 @@ def MacroAUROC(one_class:bool=False):
 
 def _macro_auroc_of_classes(logits, y): return macro_auroc(softmax(logits, 1), one_hot(y, logits.shape[1]))
 
-# %% ../nbs/40_metrics.ipynb #3d6194a0
+# %% ../nbs/40_metrics.ipynb #635d5f2e
 @dataclass(frozen=True)
 class Score:
     "A macro-AUROC, its interval, and on how much it rests"
     point:float; low:float; high:float; n_classes:int; n_scored:int; n_records:int; n_patients:int
+    protocol:str = None          # hash of the `Protocol` under which it was made: `same_protocol` compares
     def __str__(self): return f'{self.point:.3f} [{self.low:.3f}, {self.high:.3f}]'
 
 # %% ../nbs/40_metrics.ipynb #fef299f5
@@ -73,7 +76,7 @@ def patient_counts(patients, n:int, seed:int=0):
     k,rng = codes.max()+1,np.random.default_rng(seed)
     return rng.multinomial(k, np.full(k, 1/k), size=n)[:,codes]
 
-# %% ../nbs/40_metrics.ipynb #bb46fa74
+# %% ../nbs/40_metrics.ipynb #47ae32db
 def score(
     scores, # `[n_records,n_classes]`: logits or probabilities
     targs, # 0/1 `[n_records,n_classes]`
@@ -81,14 +84,16 @@ def score(
     n:int=1000, # Resamples
     level:float=0.95, # Of the interval
     seed:int=0, # Of the resamples
+    protocol:str=None, # Hash of the conditions, kept in the `Score`
 ) -> Score: # `low <= point <= high`
     "Macro-AUROC with a percentile interval from a bootstrap of patients"
     scores,targs = _check_scores(scores, targs)
     patients = np.arange(len(targs)) if patients is None else np.asarray(patients)
     if patients.shape != (len(targs),): raise ValueError(f'{len(patients)} patients for {len(targs)} records: give one for each record')
-    point = macro_auroc(scores, targs)
+    each_class = class_aurocs(scores, targs)[0]
+    point = _mean_of_scored(each_class, len(targs))
     each = class_aurocs(scores, targs, patient_counts(patients, n, seed))
     each = np.nanmean(each[~np.isnan(each).all(1)], 1)
     low,high = np.quantile(each, [(1-level)/2, (1+level)/2]) if len(each) else (point, point)
-    scored = int((~np.isnan(class_aurocs(scores, targs)[0])).sum())
-    return Score(point, min(low, point), max(high, point), targs.shape[1], scored, len(targs), len(np.unique(patients)))
+    scored = int((~np.isnan(each_class)).sum())
+    return Score(point, min(low, point), max(high, point), targs.shape[1], scored, len(targs), len(np.unique(patients)), protocol)

@@ -6,7 +6,7 @@
 __all__ = ['READOUTS', 'MORE_READOUTS', 'layer_features', 'FeatureStack', 'probe_layers', 'plot_layers', 'compare_readouts',
            'frozen_learner', 'gate_by_class', 'plot_gates']
 
-# %% ../nbs/60_probe.ipynb #cc7ee9cb
+# %% ../nbs/60_probe.ipynb #2921359d
 import time
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from copy import deepcopy
@@ -23,10 +23,10 @@ from .attend import Attentive
 from .data import ecg_dls
 from .encoder import encoder_stack
 from .gate import PMA
-from .learner import evaluate, readout_learner, split_patients, task_of
-from .metrics import one_hot, score
+from .learner import evaluate, readout_learner, score_dls, task_of
+from .metrics import one_hot
 
-# %% ../nbs/60_probe.ipynb #ff490966
+# %% ../nbs/60_probe.ipynb #4392a6d0
 @delegates(encoder_stack, but='sdpa')
 def layer_features(
     arch, # The encoder: a module, a learner, a path
@@ -36,20 +36,22 @@ def layer_features(
 ): # `dls` whose `x` is the pooled stack `[1+n_layers,d]` (`[1+n_layers,n_leads*d]` with leads kept apart), with the same labels, splits, patients
     "Run the frozen encoder once over `dls`: pooled features of the embeddings and of every layer, as `dls`"
     stack = encoder_stack(dls, arch, **kwargs).eval()
-    (X,y),(V,t) = (_arrays(dls[i]) for i in (0,1))
-    is_valid = np.arange(len(X)+len(V)) >= len(X)
-    parts = [np.asarray(dls[i].dataset.split_idxs) for i in (0,1)]
-    table = dls.table.iloc[np.concatenate(parts)].reset_index(drop=True) if getattr(dls, 'table', None) is not None else None
+    (H,y),(G,t) = (_features(stack, dls[i].dataset, bs) for i in (0,1))
+    h, is_valid = np.concatenate([H,G]), np.arange(len(H)+len(G)) >= len(H)
+    rows = np.concatenate([np.asarray(dls[i].dataset.split_idxs) for i in (0,1)])
+    table, record = (getattr(dls, k, None) for k in ('table', 'record'))
     vocab = list(dls.vocab) if task_of(dls)[0] != 'numbers' else None
-    h = _features(stack, torch.cat([X,V]), bs)
-    feats = ecg_dls(h.reshape(*h.shape[:2], -1), np.concatenate([y,t]), vocab, is_valid, getattr(dls, 'prep', None), table, dls.bs)
+    feats = ecg_dls(h.reshape(*h.shape[:2], -1), np.concatenate([y,t]), vocab, is_valid, getattr(dls, 'prep', None),
+                    None if table is None else table.iloc[rows].reset_index(drop=True), dls.bs, None if record is None else record[rows], getattr(dls, 'protocol', None))
     feats.stack = FeatureStack(stack, h.shape[2] if h.ndim == 4 else None)
     return feats
 
 @torch.no_grad()
-def _features(stack, X, bs):
+def _features(stack, dataset, bs):
+    "Pooled stack `[n,1+n_layers,…]` and targets of all rows of a dataset, in their order; of the records only `bs` are held at a time"
     device = next(stack.parameters()).device
-    return torch.cat([stack(x.to(device)).cpu() for x in X.split(bs)]).numpy()
+    out = [(stack(torch.as_tensor(np.asarray(x)).to(device)).cpu().numpy(), np.asarray(y)) for x,y in (dataset[i:i+bs] for i in range(0, len(dataset), bs))]
+    return tuple(np.concatenate(v) for v in zip(*out))
 
 def _arrays(dl):
     "All `x` and targets behind a dataloader, in the order of the records"
@@ -76,7 +78,7 @@ class FeatureStack(nn.Module):
 
     def norm(self, z): return torch.cat([norm(t) for norm,t in zip(self.norms, z.split(self.widths, -1))], -1)
 
-# %% ../nbs/60_probe.ipynb #14bf653b
+# %% ../nbs/60_probe.ipynb #4d9aaceb
 def probe_layers(
     feats, # From `layer_features`
     **kwargs): # DataFrame: layer (0 is the embeddings), macro-AUROC with its interval
@@ -85,7 +87,7 @@ def probe_layers(
     rows = []
     for l in range(H.shape[1]):
         probe = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-1, 4, 16))).fit(H[:,l], y)
-        rows.append(dict(layer=l, **asdict(score(probe.predict(G[:,l]), t, split_patients(feats), **kwargs))))
+        rows.append(dict(layer=l, **asdict(score_dls(probe.predict(G[:,l]), t, feats, **kwargs))))
     return pd.DataFrame(rows)
 
 def plot_layers(probes, ax=None):

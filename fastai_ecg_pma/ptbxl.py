@@ -45,19 +45,21 @@ def ptbxl_classes(folder, task:str='superdiagnostic') -> dict:
     name = dict(superdiagnostic='diagnostic_class', subdiagnostic='diagnostic_subclass').get(task)
     return dict(zip(st.index, st[name] if name else st.index))
 
-# %% ../nbs/15_ptbxl.ipynb #3571b145
+# %% ../nbs/15_ptbxl.ipynb #b540a6e0
 def ptbxl_labels(
     table, # As from `ptbxl_table`
     classes:dict, # As from `ptbxl_classes`
+    min_likelihood:float=0, # In %: a statement less likely does not count
 ): # 0/1 matrix `[n_records,n_classes]` and the sorted names of the classes
-    "Labels of a task: a statement counts whatever its likelihood, 0 included"
+    "Labels of a task: by default a statement counts whatever its likelihood, 0 included"
+    if not 0 <= min_likelihood <= 100: raise ValueError(f'min_likelihood is {min_likelihood}: a percentage, 0 to 100')
     vocab = sorted({c for c in classes.values() if isinstance(c, str)})
     col = {c: i for i,c in enumerate(vocab)}
     y = np.zeros((len(table), len(vocab)), np.int64)
-    for row,codes in zip(y, table.scp_codes): row[[col[classes[s]] for s in codes if classes.get(s) in col]] = 1
+    for row,codes in zip(y, table.scp_codes): row[[col[classes[s]] for s,p in codes.items() if classes.get(s) in col and p >= min_likelihood]] = 1
     return y,vocab
 
-# %% ../nbs/15_ptbxl.ipynb #7e4d4f8e
+# %% ../nbs/15_ptbxl.ipynb #ecabe72c
 def ptbxl_dls(
     folder, # Folder with `ptbxl_database.csv`, `scp_statements.csv` and the records
     task:str='superdiagnostic', # One of the six `TASKS`; None: all records, unlabelled
@@ -65,20 +67,18 @@ def ptbxl_dls(
     rate:int=100, # Which files are read: 100 (`filename_lr`) or 500 (`filename_hr`) Hz
     train_folds=range(1,9), # Official folds for training
     valid_folds=(9,), # Official folds for validation
+    min_likelihood:float=0, # In %: a statement less likely does not count. 0, as published: every statement does
     **kwargs):
     "tsai `dls` of PTB-XL with the official folds and labels; kwargs go to `wfdb_dls` and `ecg_dls`"
     table,col = ptbxl_table(folder),{100:'filename_lr', 500:'filename_hr'}.get(rate)
     if col not in table: raise ValueError(f'no files at {rate} Hz: the table has {", ".join(c for c in table if "filename" in c)}')
     if both := set(train_folds) & set(valid_folds): raise ValueError(f'fold {min(both)} is asked for in training and in validation')
-    y,vocab = ptbxl_labels(table, ptbxl_classes(folder, task)) if task else (np.zeros((len(table),0)),[])
-    keep = table.strat_fold.isin([*train_folds, *valid_folds]) & (y.any(1) if task not in ('all', None) else True)
+    y,vocab = ptbxl_labels(table, ptbxl_classes(folder, task), min_likelihood) if task else (np.zeros((len(table),0)),[])
+    drops = task not in ('all', None)
+    keep = table.strat_fold.isin([*train_folds, *valid_folds]) & (y.any(1) if drops else True)
     table = pd.concat([table, pd.DataFrame(y, columns=vocab, index=table.index)], axis=1)[keep].copy()
     table['valid'] = table.strat_fold.isin(valid_folds)
     for name,folds,n in (('training', train_folds, (~table.valid).sum()), ('validation', valid_folds, table.valid.sum())):
         if not n: raise ValueError(f'no {name} record: folds {list(folds)} of {folder} hold none for task {task!r}')
-    _check_patients(table)
-    return wfdb_dls(folder, table, col, vocab if task else None, 'valid', prep, **kwargs)
-
-def _check_patients(table):
-    n = table.groupby('patient_id').valid.nunique()
-    if (n > 1).any(): raise ValueError(f'patient {n.index[n > 1][0]} has records in training and in validation: folds must keep patients together')
+    about = dict(data='PTB-XL', task=task or 'unlabelled', train_folds=tuple(train_folds), valid_folds=tuple(valid_folds), min_likelihood=min_likelihood, drop_unlabelled=drops)
+    return wfdb_dls(folder, table, col, vocab if task else None, 'valid', prep, protocol=about, **kwargs)
