@@ -7,17 +7,18 @@ __all__ = ['FORMAT', 'ANEW', 'LOCK_WAIT', 'OWN', 'RESIDENT', 'RANDOM', 'source_f
            'SourcesGone', 'StaleCache', 'EcgCache', 'cache_ecg', 'check_present', 'InMemory', 'EcgArray',
            'windows_table', 'aggregate_windows']
 
-# %% ../nbs/12_cache.ipynb #10776967
+# %% ../nbs/12_cache.ipynb #c162df9a
 import hashlib, json, mmap, multiprocessing, os, signal, threading, time, warnings, zlib
 import numpy as np, pandas as pd
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from copy import copy
 from filelock import FileLock, Timeout
 from functools import partial
 from importlib.metadata import version
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from rich.progress import Progress
 
@@ -144,7 +145,7 @@ def _is_entry(e):
     if not all(isinstance(f, list) and len(f) == 3 and isinstance(f[0], str) and f[0] == Path(f[0]).name for f in e['files']): return False
     return isinstance(e['bad'], str) if 'bad' in e else all(type(e.get(k)) is int for k in ('length', 'crc')) and e['length'] > 0
 
-# %% ../nbs/12_cache.ipynb #14efe9c5
+# %% ../nbs/12_cache.ipynb #49da5151
 RESIDENT = 64*2**20                     # bytes of the file that a process holds mapped before it lets go of them
 
 class EcgCache:
@@ -168,13 +169,27 @@ class EcgCache:
         if verify: self._verify([e['crc'] for e in entries if 'bad' not in e])
 
     def _load(self, entries):
-        table, self.rows = _read_table(self.path/'table.json', len(entries)), np.array([i for i,e in enumerate(entries) if 'bad' not in e])
-        self.asked = [e['record'] for e in entries]; self.names = [self.asked[i] for i in self.rows]
-        self.bad = pd.DataFrame([(i, e['record'], e['bad']) for i,e in enumerate(entries) if 'bad' in e], columns=['row', 'record', 'reason'])
-        self.table, self.lengths = table.iloc[self.rows].reset_index(drop=True), np.array([entries[i]['length'] for i in self.rows])
-        self._first, self._touched = np.cumsum(self.lengths) - self.lengths, 0
         with (self.path/'signal.bin').open('rb') as f: self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        self._signal = np.frombuffer(self._map, self.prep.dtype)
+        self._signal, self._touched, self._selected = np.frombuffer(self._map, self.prep.dtype), 0, None
+        n = [0 if 'bad' in e else e['length'] for e in entries]
+        self._there = {e['record']: (first, n, e.get('bad')) for e,first,n in zip(entries, accumulate(n, initial=0), n)}
+        self._use([e['record'] for e in entries], _read_table(self.path/'table.json', len(entries)))
+
+    def _use(self, names, table):
+        there, self.asked = [self._there[n] for n in names], names
+        good = [i for i,(_,_,bad) in enumerate(there) if bad is None]
+        self.rows, self.names, self.table = np.array(good, np.int64), [names[i] for i in good], table.iloc[good].reset_index(drop=True)
+        self.bad = pd.DataFrame([(i, n, t[2]) for i,(n,t) in enumerate(zip(names, there)) if t[2] is not None], columns=['row', 'record', 'reason'])
+        self._first, self.lengths = (np.array([there[i][k] for i in good], np.int64) for k in (0, 1))
+
+    def select(self, names, table=None):
+        "The cache of some of its records, in the order of `names`; `table` has a row for each. No copy"
+        names = list(map(os.fspath, names))
+        if gone := [n for n in names if n not in self._there]: raise ValueError(f'{len(gone)} of {len(names)} records are not in {self.path.name}, the first: {gone[0]}')
+        new = copy(self)
+        new._selected = names, pd.DataFrame(dict(record=names)) if table is None else table
+        new._use(*new._selected)
+        return new
 
     def record(self, i):
         "`[n_leads,length]` in mV of the `i`-th good record: a read-only view of the file"
@@ -192,14 +207,14 @@ class EcgCache:
     def __repr__(self):
         return (f'EcgCache: {len(self)} records' + (f' ({len(self.bad)} set aside)' if len(self.bad) else '') +
                 f', {len(self.prep.leads)} leads at {self.prep.fs:g} Hz, {self.prep.dtype}, {len(self._map)/1e6:.1f} MB')
-    def __reduce__(self): return _reopen, (self.path, self.prep, self.manifest['index_crc'])
+    def __reduce__(self): return _reopen, (self.path, self.prep, self.manifest['index_crc'], self._selected)
 
-# %% ../nbs/12_cache.ipynb #535e6bef
-def _reopen(path, prep, crc):
+# %% ../nbs/12_cache.ipynb #a189f962
+def _reopen(path, prep, crc, selected):
     "The same cache in another process, its records compared before"
     cache = EcgCache(path, prep, check_sources=False)
     if cache.manifest['index_crc'] != crc: raise StaleCache(f'{path} was made anew since: open it again')
-    return cache
+    return cache.select(*selected) if selected else cache
 
 def _compare(entries, folder, path, verify):
     "`StaleCache` if records are not as the cache has them, a warning if they are gone altogether"
@@ -286,10 +301,10 @@ def _finish(out, plan, folder, table):
     _write(out/'manifest.json', json.dumps(dict(json.loads(plan), folder=str(folder), n_records=len(table)-len(bad), n_bad=len(bad),
         index_crc=zlib.crc32(raw), versions=versions), indent=1))
 
-# %% ../nbs/12_cache.ipynb #603164c3
+# %% ../nbs/12_cache.ipynb #14ae5ecd
 def cache_ecg(
     folder, # Where the records are
-    table, # DataFrame, or a csv file, with one row a record, kept as `table`; a list of their paths will do
+    table, # DataFrame, or a csv file, with one row a record, kept as `table`; a list of their paths will do. A cache that holds more serves subsets, in any order
     out, # Folder of the cache; made if missing
     path_col:str='path', # Column with each record's path, relative to `folder`, without extension
     prep:Preprocess=Preprocess(), # Its first stage (`read`) is what is stored; windows are cut and standardised later
@@ -304,13 +319,15 @@ def cache_ecg(
     names = list(map(os.fspath, names))
     plan = json.dumps(dict(format=FORMAT, signal_hash=prep.signal_hash, prep=prep.as_dict()))
     with _locked(out):
-        if not _is_ready(out, prep, folder, names, overwrite):
+        if (cache := _finished(out, prep, folder, names, overwrite)) is None:
             _check_unfinished(out, prep, overwrite)
             done = _resume(out, plan, folder, names, len(prep.leads)*np.dtype(prep.dtype).itemsize)
             _append(out, folder, names, done, prep, n_workers, progress)
             _finish(out, plan, folder, table)
-        elif (out/'table.json').read_text(encoding='utf-8') != (text := _table_json(table)): _write(out/'table.json', text)
-        cache = EcgCache(out, prep, check_sources=False)
+        elif names == cache.asked: _write(out/'table.json', _table_json(table))
+        else: cache = cache.select(names, table)
+        if cache is None or not cache._selected: cache = EcgCache(out, prep, check_sources=False)
+    if not len(cache): raise ValueError(f'none of the {len(names)} records in {folder} can be used; the first: {cache.bad.reason[0]}')
     if len(cache.bad): warnings.warn(f'{len(cache.bad)} of {len(names)} records set aside, the first: {cache.bad.reason[0]}', RecordsSetAside, stacklevel=2)
     return cache
 
@@ -345,21 +362,18 @@ def _locked(out):
     try: yield
     finally: lock.release()
 
-# %% ../nbs/12_cache.ipynb #ed12903d
-def _is_ready(out, prep, folder, names, overwrite):
-    "Is there a whole cache that fits? One that does not is an error, or removed if `overwrite`"
-    if not (out/'manifest.json').exists(): return False
+# %% ../nbs/12_cache.ipynb #97bf2516
+def _finished(out, prep, folder, names, overwrite):
+    "The whole cache that is there and has these records, None where there is none. One that does not fit is an error, or removed if `overwrite`"
+    if not (out/'manifest.json').exists(): return None
     try:
-        if (there := EcgCache(out, prep, folder).asked) != names: raise StaleCache(f'{out.name} holds {_other(there, names)}. Name another folder, or overwrite=True')
-        return True
-    except (ValueError, FileNotFoundError):
+        cache = EcgCache(out, prep, folder)
+        if gone := [n for n in names if n not in cache._there]: raise StaleCache(f'{out.name} was made of {len(cache.asked)} other records, {gone[0]} is not among them. Make it of all that you are '
+                                                                         'going to use: subsets are read from it. Name another folder, or overwrite=True')
+        return cache
+    except ValueError:
         if not overwrite: raise
         for f in ('manifest.json', 'index.jsonl', 'signal.bin'): (out/f).unlink(missing_ok=True)      # removed, not cut: who reads them now goes on doing so
-        return False
-
-def _other(there, names):
-    i = next((i for i,(a,b) in enumerate(zip(there, names)) if a != b), min(len(there), len(names)))
-    return f'other records: {len(there)}, not {len(names)}, different from row {i} on'
 
 def _check_unfinished(out, prep, overwrite):
     "An unfinished cache of other preprocessing is an error, or removed if `overwrite`"

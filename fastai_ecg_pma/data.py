@@ -120,7 +120,7 @@ def _multi_label(y, vocab, n):
     for i,row in enumerate(y): items[i] = [vocab[j] for j in np.flatnonzero(row)]
     return [None, TSMultiLabelClassification(c=len(vocab), vocab=vocab, sort=False)], items
 
-# %% ../nbs/14_data.ipynb #be453c26
+# %% ../nbs/14_data.ipynb #8fc91bd6
 def wfdb_dls(
     folder, # Where the records are
     table, # DataFrame, or a csv file, with one row a record; with a column `patient_id`, no patient may be in both splits
@@ -148,11 +148,11 @@ def wfdb_dls(
     bad, row = _with_refused(bad, refused, rows, table[path_col]), rows[w.record]
     X = EcgArray(source, w.record, w.start, prep)
     dls = ecg_dls(X if cache is not None or random_crop else X[:], None if y is None else y[row], vocab, valid[row], prep, table.iloc[row].reset_index(drop=True), bs, row,
-                  _protocol(folder, table[path_col], y, vocab, valid, np.unique(row), prep, aggregate, protocol or {}), **kwargs)
+                  _protocol(table[path_col], y, vocab, valid, np.unique(row), prep, aggregate, protocol or {}), **kwargs)
     dls.bad = bad
     return dls
 
-# %% ../nbs/14_data.ipynb #8e0b9157
+# %% ../nbs/14_data.ipynb #8c745a12
 def _labels(table, cols):
     "`(y, vocab)` for `ecg_dls` from label columns, or from one column of classes or numbers"
     if cols is None: return None, None
@@ -177,8 +177,8 @@ def _with_refused(bad, refused, rows, paths):
     if len(refused): warnings.warn(f'{len(refused)} of {len(paths)} records set aside, the first: {refused.reason[0]}', RecordsSetAside, stacklevel=3)
     return pd.concat([bad, refused], ignore_index=True) if len(refused) else bad
 
-def _protocol(folder, paths, y, vocab, valid, used, prep, aggregate, given):
+def _protocol(paths, y, vocab, valid, used, prep, aggregate, given):
     "The protocol of results on the records in rows `used`"
     label = lambda i: [v for v,on in zip(vocab, y[i]) if on] if np.ndim(y) == 2 else y[i]
     records = {part: records_hash(paths.iloc[r].astype(str), None if y is None else [label(i) for i in r]) for part,r in (('train', used[~valid[used]]), ('valid', used[valid[used]]))}
-    return Protocol(**dict(dict(data=Path(folder).resolve().name, task=', '.join(vocab or ['numbers'])), **given), records=records, aggregate=aggregate, prep=prep)
+    return Protocol(**dict(dict(data='WFDB folder', task=', '.join(vocab) if vocab else 'unlabelled' if y is None else 'numbers'), **given), records=records, aggregate=aggregate, prep=prep)

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['TASKS', 'ptbxl_table', 'ptbxl_classes', 'ptbxl_labels', 'ptbxl_dls']
 
-# %% ../nbs/15_ptbxl.ipynb #01b78725
+# %% ../nbs/15_ptbxl.ipynb #c4b5b8f7
 import ast
 import numpy as np, pandas as pd
 from pathlib import Path
 
 from .data import wfdb_dls
 from .records import Preprocess
+from .splits import label_subsets
 
 # %% ../nbs/15_ptbxl.ipynb #05363d48
 def ptbxl_table(folder) -> pd.DataFrame:
@@ -59,7 +60,7 @@ def ptbxl_labels(
     for row,codes in zip(y, table.scp_codes): row[[col[classes[s]] for s,p in codes.items() if classes.get(s) in col and p >= min_likelihood]] = 1
     return y,vocab
 
-# %% ../nbs/15_ptbxl.ipynb #ecabe72c
+# %% ../nbs/15_ptbxl.ipynb #7e754d36
 def ptbxl_dls(
     folder, # Folder with `ptbxl_database.csv`, `scp_statements.csv` and the records
     task:str='superdiagnostic', # One of the six `TASKS`; None: all records, unlabelled
@@ -68,6 +69,8 @@ def ptbxl_dls(
     train_folds=range(1,9), # Official folds for training
     valid_folds=(9,), # Official folds for validation
     min_likelihood:float=0, # In %: a statement less likely does not count. 0, as published: every statement does
+    share:float=1, # Of the training records, by whole patients: nested `label_subsets`
+    seed:int=0, # Of that choice
     **kwargs):
     "tsai `dls` of PTB-XL with the official folds and labels; kwargs go to `wfdb_dls` and `ecg_dls`"
     table,col = ptbxl_table(folder),{100:'filename_lr', 500:'filename_hr'}.get(rate)
@@ -80,5 +83,13 @@ def ptbxl_dls(
     table['valid'] = table.strat_fold.isin(valid_folds)
     for name,folds,n in (('training', train_folds, (~table.valid).sum()), ('validation', valid_folds, table.valid.sum())):
         if not n: raise ValueError(f'no {name} record: folds {list(folds)} of {folder} hold none for task {task!r}')
-    about = dict(data='PTB-XL', task=task or 'unlabelled', train_folds=tuple(train_folds), valid_folds=tuple(valid_folds), min_likelihood=min_likelihood, drop_unlabelled=drops)
+    if share < 1: table = _with_share(table, vocab, share, seed)
+    about = dict(data='PTB-XL', task=task or 'unlabelled', train_folds=tuple(train_folds), valid_folds=tuple(valid_folds), min_likelihood=min_likelihood, drop_unlabelled=drops, share=share)
     return wfdb_dls(folder, table, col, vocab if task else None, 'valid', prep, protocol=about, **kwargs)
+
+def _with_share(table, vocab, share, seed):
+    "The validation records of `table`, and a share of the others"
+    if not vocab: raise ValueError(f'share={share} chooses by labels: name a task')
+    train = np.flatnonzero(~table.valid)
+    few = train[label_subsets(table[vocab].iloc[train], table.patient_id.iloc[train], [share], seed)[share]]
+    return table.iloc[np.sort(np.r_[few, np.flatnonzero(table.valid)])]

@@ -44,7 +44,7 @@ def _some(items, n=5):
     items = list(map(str, items))
     return ', '.join(items[:n]) + (f' … ({len(items)-n} more)' if len(items) > n else '')
 
-# %% ../nbs/09_splits.ipynb #07539895
+# %% ../nbs/09_splits.ipynb #efe2f7b6
 def balanced_order(
     Y, # `[n_patients,n_classes]`: how many of a patient's records have each label
     sizes, # `[n_patients]`: how many records each has
@@ -57,8 +57,8 @@ def balanced_order(
     rank = (-total).argsort(kind='stable').argsort()                         # 0: the most frequent class
     have,m,order,size_class = np.zeros(Y.shape[1]),0,[],np.log2(sizes).astype(int)
     while len(todo) and m < (n_all if n is None else n):
-        due = (have == 0) & (total > 0) & (2*rank < len(order))
-        pool = np.flatnonzero(Y[todo, np.where(due, rank, np.inf).argmin()]) if due.any() else np.arange(len(todo))
+        due = (have == 0) & (total > 0) & (2*rank < len(order))              # never more than one class
+        pool = np.flatnonzero(Y[todo, due.argmax()]) if due.any() else np.arange(len(todo))
         pool = pool[size_class[todo[pool]] == size_class[todo[pool[rng.integers(len(pool))]]]]
         pool = pool[rng.integers(0, len(pool), draws)]
         best = pool[_imbalance(have + Y[todo[pool]], (m + sizes[todo[pool]])/n_all, total).argmin()]
@@ -130,7 +130,7 @@ def subset_table(
         return dict(share=share, records=m.sum(), patients=len(np.unique(patients[m])), max_error=error.max(), mean_error=error.mean(), left_out=left_out)
     return pd.DataFrame([row(s, m) for s,m in subsets.items()])
 
-# %% ../nbs/09_splits.ipynb #78806954
+# %% ../nbs/09_splits.ipynb #309a009c
 def overlap(
     corpus, # DataFrame with a row for each record the model was pretrained on
     evaluation, # DataFrame with a row for each record it is scored on
@@ -150,7 +150,7 @@ def _overlap_of(corpus, evaluation, col):
     a,b = _ids(corpus[col]),_ids(evaluation[col])
     missing,known = int(a.isna().sum() + b.isna().sum()),[pd.api.types.is_numeric_dtype(v.dropna().convert_dtypes()) for v in (a, b) if v.notna().any()]
     if len(set(known)) > 1: raise ValueError(f'column {col!r} holds numbers in one table and text in the other, so nothing could ever match: give both one type')
-    hit = b.isin(a.dropna()) & b.notna()
+    hit = b.isin(a.dropna())                                                  # an unknown id is no match for an unknown id
     return dict(checked=True, found=b[hit].nunique(), records=int(hit.sum()), share=hit.mean(), missing=missing, examples=b[hit].unique()[:5].tolist())
 
 # %% ../nbs/09_splits.ipynb #7aec1fe2
