@@ -10,8 +10,8 @@ import sys, warnings
 from importlib import import_module
 from fastcore.script import anno_parser
 
-# %% ../nbs/71_cli.ipynb #61237be3
-VERBS = dict(demo=('fastai_ecg_pma.demo', 'demo'))
+# %% ../nbs/71_cli.ipynb #3e579117
+VERBS = dict(demo=('fastai_ecg_pma.demo', 'demo'), doctor=('fastai_ecg_pma.doctor', 'doctor'))
 
 def main(argv=None) -> int:
     "`ecg-pma VERB [OPTIONS]`: 0 done, 1 what was asked for cannot be done (the message says why), 2 wrong usage"

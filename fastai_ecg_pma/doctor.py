@@ -23,7 +23,7 @@ from .headers import _BYTES, MAX_HEADER, BadRecord, opened, record_stem
 from .leads import LEADS, lead_name
 from .records import PREPROCESS, Preprocess, _read_signals, _stack, _to_mv, samples_hash
 
-# %% ../nbs/11_doctor.ipynb #69120562
+# %% ../nbs/11_doctor.ipynb #268429d8
 PROBLEMS = {                   # in the order of reports: what makes a record bad, what makes it odd, remarks
     'header': 'the header is not as WFDB asks, or contradicts itself',
     'missing file': 'a header, a signal file or a segment is not there',
@@ -56,6 +56,7 @@ _SAID = {'is cut short': 'truncated', 'sampling rate is': 'rate', r'\bgain\b': '
 
 def problem_of(error) -> str:
     "Which of `PROBLEMS` a `BadRecord` or `OSError` tells of"
+    if (m := re.search(r'promises (\d+) .*it has (\d+)$', str(error))) and int(m[1]) > 100*int(m[2]) > 0: return 'sample count'
     return next((p for said,p in _SAID.items() if re.search(said, str(error))), 'missing file' if isinstance(error, OSError) else 'header')
 
 # %% ../nbs/11_doctor.ipynb #e4c285b6
@@ -174,15 +175,15 @@ def _hash(x, fs, path):
     names, top = sorted(x), max(fs.values())
     return samples_hash(_stack([x[l] for l in names], [fs[l] for l in names], top, path), top, names)
 
-# %% ../nbs/11_doctor.ipynb #12d2f510
+# %% ../nbs/11_doctor.ipynb #bc6b5108
 def list_records(folder):
     "Headers of the records in `folder` and below, without those of segments; signal files (.dat, .mat) that no header names"
     heads = {f: _named_in(f) for f in sorted(Path(folder).rglob('*.hea'))}
     masters = {f for f,(first,_) in heads.items() if '/' in first}
-    segments = {f.parent/f'{n}.hea' for f in masters for n in heads[f][1]} - masters
-    named = {f.parent/n for f,(_,names) in heads.items() for n in names}
+    segments = {f.parent/f'{n}.hea' for f in masters for n in set(heads[f][1])} - masters
+    named = {(f.parent, n) for f,(_,names) in heads.items() for n in names}
     files = sorted(f for f in Path(folder).rglob('*') if f.suffix in ('.dat', '.mat'))
-    return [f for f in heads if f not in segments], [f for f in files if f not in named and f.with_suffix('.hea') not in heads]
+    return [f for f in heads if f not in segments], [f for f in files if (f.parent, f.name) not in named and f.with_suffix('.hea') not in heads]
 
 def _named_in(hea):
     "The record name in a header, and the first word of every line below: its signal files, or its segments"

@@ -14,17 +14,19 @@ from .headers import MAX_SAMPLES, BadRecord, opened, read_header
 from .leads import LEADS, LIMB, PMA_LEADS, check_leads, derive_leads, find_leads, lead_name
 from .protocol import stable_hash
 
-# %% ../nbs/10_records.ipynb #644a6774
+# %% ../nbs/10_records.ipynb #d376bd4a
 _TO_MV = {'mv':1., 'uv':1e-3, 'v':1e3, 'nu':1.}
 
 def _rdrecord(stem, names, idx, path):
     "List of `[n]` physical signals at places `idx` of the single-segment record at `stem`, whose leads are `names`"
     try:
-        with np.errstate(over='ignore'): r = wfdb.rdrecord(str(stem), channels=idx, smooth_frames=False)
+        with np.errstate(over='ignore'): r = wfdb.rdrecord(str(stem), channels=idx, smooth_frames=False, ignore_skew=True)
     except (ValueError, TypeError, IndexError, KeyError, OverflowError, AttributeError, OSError, RuntimeError) as e:
         raise BadRecord(f'{path}: unreadable signal ({type(e).__name__}: {e})') from e
     if [l or '' for l in r.sig_name] != [names[i] for i in idx]: raise BadRecord(f'{path}: asked for {[names[i] for i in idx]}, wfdb read {r.sig_name}')
-    return r.e_p_signal
+    return [_shift(x, (k or 0)*n) for x,k,n in zip(r.e_p_signal, r.skew, r.samps_per_frame)]
+
+def _shift(x, n): return np.concatenate([x[n:], np.full(n, np.nan)]) if n else x      # wfdb takes frames for samples here, and fails at two skews
 
 def _rdsegments(stem, h, idx, path):
     "The same of a record in segments; NaN where none was recorded"
@@ -49,7 +51,7 @@ def _to_mv(unit, name, path):
     if (u := str(unit).lower()) not in _TO_MV: raise BadRecord(f'{path}: lead {name} is in {unit!r}, not in mV, uV or V')
     return _TO_MV[u]
 
-# %% ../nbs/10_records.ipynb #c34c63eb
+# %% ../nbs/10_records.ipynb #172e1d8c
 def read_ecg(
     path, # A WFDB record, with or without extension
     leads=LEADS, # Names of the leads to return, in this order, whatever the file's order and spelling
@@ -85,7 +87,8 @@ def _stack(signals, rates, fs, path):
     "`[n_leads,n]` at `fs` Hz from signals of several rates; None: NaN"
     n = max(round(len(s)*fs/r) for s,r in zip(signals, rates) if s is not None)
     if n*len(signals) > MAX_SAMPLES: raise BadRecord(f'{path}: {n*len(signals)} samples at {fs} Hz, more than the {MAX_SAMPLES} allowed')
-    x = [None if s is None else resample(s[None], r, fs)[0] for s,r in zip(signals, rates)]
+    try: x = [None if s is None else resample(s[None], r, fs)[0] for s,r in zip(signals, rates)]
+    except ValueError as e: raise BadRecord(f'{path}: {e}') from e
     n = min(len(s) for s in x if s is not None)
     if any(len(s) > n+1 for s in x if s is not None): raise BadRecord(f'{path}: its leads are of different lengths, {sorted({len(s) for s in x if s is not None})}')
     return np.stack([np.full(n, np.nan) if s is None else s[:n] for s in x])
