@@ -713,6 +713,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fastai_ecg_pma.synth.simulate_ecg': ('synth.html#simulate_ecg', 'fastai_ecg_pma/synth.py'),
                                       'fastai_ecg_pma.synth.synth_ptbxl': ('synth.html#synth_ptbxl', 'fastai_ecg_pma/synth.py'),
                                       'fastai_ecg_pma.synth.synth_row': ('synth.html#synth_row', 'fastai_ecg_pma/synth.py'),
+                                      'fastai_ecg_pma.synth.twelve_leads': ('synth.html#twelve_leads', 'fastai_ecg_pma/synth.py'),
                                       'fastai_ecg_pma.synth.write_record': ('synth.html#write_record', 'fastai_ecg_pma/synth.py')},
             'fastai_ecg_pma.transfer': { 'fastai_ecg_pma.transfer._Skipped': ('transfer.html#_skipped', 'fastai_ecg_pma/transfer.py'),
                                          'fastai_ecg_pma.transfer._Skipped.__init__': ( 'transfer.html#_skipped.__init__',

@@ -175,21 +175,21 @@ def _hash(x, fs, path):
     names, top = sorted(x), max(fs.values())
     return samples_hash(_stack([x[l] for l in names], [fs[l] for l in names], top, path), top, names)
 
-# %% ../nbs/11_doctor.ipynb #bc6b5108
+# %% ../nbs/11_doctor.ipynb #90a87e63
 def list_records(folder):
     "Headers of the records in `folder` and below, without those of segments; signal files (.dat, .mat) that no header names"
     heads = {f: _named_in(f) for f in sorted(Path(folder).rglob('*.hea'))}
     masters = {f for f,(first,_) in heads.items() if '/' in first}
-    segments = {f.parent/f'{n}.hea' for f in masters for n in set(heads[f][1])} - masters
-    named = {(f.parent, n) for f,(_,names) in heads.items() for n in names}
+    segments = {f.parent/f'{n}.hea' for f in masters for n in heads[f][1]} - masters
+    named = {f.parent/n for f,(_,names) in heads.items() for n in names}
     files = sorted(f for f in Path(folder).rglob('*') if f.suffix in ('.dat', '.mat'))
-    return [f for f in heads if f not in segments], [f for f in files if (f.parent, f.name) not in named and f.with_suffix('.hea') not in heads]
+    return [f for f in heads if f not in segments], [f for f in files if f not in named and f.with_suffix('.hea') not in heads]
 
 def _named_in(hea):
-    "The record name in a header, and the first word of every line below: its signal files, or its segments"
-    if not hea.is_file() or hea.stat().st_size > MAX_HEADER: return '', []
+    "The record name in a header, and the first words of the lines below: its signal files, or its segments"
+    if not hea.is_file() or hea.stat().st_size > MAX_HEADER: return '', set()
     words = [l.split()[0] for l in hea.read_bytes().decode('latin-1').splitlines() if l.strip() and not l.strip().startswith('#')]
-    return (words[0], words[1:]) if words else ('', [])
+    return (words[0], set(words[1:])) if words else ('', set())
 
 # %% ../nbs/11_doctor.ipynb #c892c705
 def check_records(
