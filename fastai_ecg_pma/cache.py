@@ -42,7 +42,7 @@ def source_files(path):
         out += [seg, *map(hea.with_name, _named_in(seg))] if seg.is_file() else [file]
     return list(dict.fromkeys(out))
 
-# %% ../nbs/12_cache.ipynb #fe871481
+# %% ../nbs/12_cache.ipynb #27b19dbb
 def stamp(path):
     "Of record `path`: `files`, each with its name, size and time in ns, and `hash`, 16 hex digits of their bytes"
     sources, now = source_files(path), time.time_ns()
@@ -67,7 +67,6 @@ def _hash_files(files):
     h = hashlib.blake2b(digest_size=8)
     for file in files:
         left = max(0, _size_time(file)[0])             # no file is endless
-        h.update(f'{left};'.encode())
         if file.is_file():
             with file.open('rb') as f:
                 while block := f.read(min(2**20, left)): h.update(block); left -= len(block)
@@ -109,7 +108,7 @@ def _read_table(file, n):
         or any(not isinstance(c, list) or len(c) != n for c in t['data']): raise ValueError(f'{file} is damaged: not a table of {n} rows')
     return pd.DataFrame({i: pd.Series(c, dtype=None if c else object) for i,c in enumerate(t['data'])}).set_axis(t['columns'], axis=1)
 
-# %% ../nbs/12_cache.ipynb #cb4e78ef
+# %% ../nbs/12_cache.ipynb #35b740d2
 def _differences(plan, prep):
     "What decides the signal and is not in `plan` as in `prep`, in words; '' where all is"
     if plan['signal_hash'] == prep.signal_hash: return ''
@@ -123,7 +122,7 @@ def _read_manifest(path):
     m = _json(file.read_bytes(), file)
     if not isinstance(m, dict) or m.get('format') != FORMAT: raise ValueError(f'{file} is not of format {FORMAT}, which this version reads: {ANEW}')
     try: prep = Preprocess.from_dict(m['prep'])
-    except (ValueError, TypeError, KeyError, OverflowError) as e: raise ValueError(f'{file} is damaged ({e}): {ANEW}') from None
+    except (ValueError, TypeError, KeyError, OverflowError, AttributeError) as e: raise ValueError(f'{file} is damaged ({e}): {ANEW}') from None
     if m.get('signal_hash') != prep.signal_hash: raise StaleCache(f'{path}: this version of the library reads records differently: {ANEW}')
     if not isinstance(m.get('folder'), str): raise ValueError(f'{file} is damaged: it names no folder')
     return m, prep
@@ -331,14 +330,14 @@ def cache_ecg(
     if len(cache.bad): warnings.warn(f'{len(cache.bad)} of {len(names)} records set aside, the first: {cache.bad.reason[0]}', RecordsSetAside, stacklevel=2)
     return cache
 
-# %% ../nbs/12_cache.ipynb #e7499b10
+# %% ../nbs/12_cache.ipynb #5351a725
 def _rows(table, path_col):
     "The table as a DataFrame of its own, and the paths in it"
     if isinstance(table, (str, os.PathLike)): table = pd.read_csv(table)
     if not isinstance(table, pd.DataFrame): table = pd.DataFrame({path_col: list(table)})
     if not table.columns.is_unique: raise ValueError(f'the table has column {table.columns[table.columns.duplicated()][0]!r} twice')
     if path_col not in table: raise ValueError(f'no column {path_col!r}; the table has {", ".join(map(str, table.columns))}')
-    return table.reset_index(drop=True), table[path_col].tolist()
+    return table, table[path_col].tolist()
 
 def check_present(folder, names):
     "`ValueError` or `FileNotFoundError` unless the records `names` of a table are in `folder`, before one of them is read"

@@ -17,7 +17,7 @@ from .data import wfdb_dls
 from .headers import MAX_HEADER, BadRecord, check_text
 from .records import Preprocess
 
-# %% ../nbs/16_challenges.ipynb #70003283
+# %% ../nbs/16_challenges.ipynb #021824cb
 SOURCES = dict(A='CPSC 2018', Q='CPSC 2018 extra', I='INCART', S='PTB', HR='PTB-XL', E='Georgia', JS='Chapman-Shaoxing and Ningbo')
 
 def challenge_table(folder) -> pd.DataFrame:
@@ -46,7 +46,7 @@ def _row(folder, stem):
     lines = check_text(raw, name := Path(stem).name)[0].splitlines()
     first = lines[0].split()
     fs, n = float(first[2].split('/')[0]), float(first[3]) if len(first) > 3 else np.nan
-    says = {k.strip().lower(): v.strip() for k,_,v in (l.lstrip('# \t').partition(':') for l in lines if l.startswith('#'))}
+    says = {k.strip().lower(): v.strip() for k,_,v in (l.lstrip('#').partition(':') for l in lines if l.startswith('#'))}
     m = re.fullmatch(r'([A-Z]+)\d+', name)
     return dict(record=name, path=stem, source=SOURCES.get(m and m[1], ''), dx=[c.strip() for c in says.get('dx', '').split(',') if c.strip()],
                 age=_age(says.get('age', '')), sex={'m':'M', 'f':'F'}.get(says.get('sex', '')[:1].lower()), fs=fs, seconds=n/fs)

@@ -15,10 +15,10 @@ from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 
-# %% ../nbs/04_headers.ipynb #5f6302dc
+# %% ../nbs/04_headers.ipynb #9f8cd8fb
 class BadRecord(ValueError): "A WFDB record that cannot be used, and why"
 
-MAX_HEADER, MAX_SIGNALS, MAX_SEGMENTS = 1_000_000, 1000, 10_000      # bytes and lines of a header
+MAX_HEADER, MAX_SIGNALS, MAX_SEGMENTS = 1_000_000, 512, 10_000      # bytes and lines of a header
 _INT, _NUM = r'\d{1,15}', r'\d{1,15}(?:\.\d{0,15})?'
 _RECORD = re.compile(rf'(?P<name>[^\s/]+)(?:/(?P<n_seg>{_INT}))?\s+(?P<n_sig>{_INT})\s+(?P<fs>{_NUM})(?:/-?{_NUM}(?:\(-?{_NUM}\))?)?(?:\s+{_INT}(?:\s+(?P<when>.+))?)?')
 _SIGNAL = re.compile(rf'(?P<file>~?[-\w]*(?:\.\w*)?)\s+(?P<fmt>{_INT})(?:x{_INT})?(?::{_INT})?(?:\+{_INT})?'
