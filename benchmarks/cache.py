@@ -68,7 +68,8 @@ def build(args, n, n_workers, sample=False):
 def loaders(args, n, k):
     "The first `k` of `n` records as an array, and in tsai's loader"
     from tsai.data.core import TSDatasets
-    from fastai_ecg_pma.cache import EcgArray, EcgCache
+    from fastai_ecg_pma.cache import EcgCache
+    from fastai_ecg_pma.windows import EcgArray
     from fastai_ecg_pma.data import EcgDataLoaders
     X = EcgArray(EcgCache(args.folder/f'cache_{n}_{args.dtype}', check_sources=False), range(k))
     dsets = TSDatasets(X, splits=(list(range(k)), [0]), inplace=False)

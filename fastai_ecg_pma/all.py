@@ -6,12 +6,12 @@
 __all__ = ['Concat', 'Fuse', 'Last', 'LastMean', 'Layer', 'OwnNorm', 'PlainNorm', 'PPA', 'SharedNorm', 'SignedStatic', 'Static',
            'class_head', 'linear_head', 'mlp_head', 'AttentionPool', 'Attentive', 'BaselineWander', 'LeadCutMix',
            'LeadDropout', 'LeadMixUp', 'Noise', 'Powerline', 'Scale', 'Shift', 'TimeMask', 'show_augment',
-           'find_blocks', 'EcgArray', 'EcgCache', 'RecordsSetAside', 'StaleCache', 'cache_ecg', 'challenge_classes',
+           'find_blocks', 'EcgCache', 'RecordsSetAside', 'StaleCache', 'cache_ecg', 'challenge_classes',
            'challenge_dls', 'challenge_labels', 'challenge_table', 'cinc2017_dls', 'cinc2017_table', 'ludb_labels',
-           'ludb_table', 'ecg_dls', 'read_records', 'wfdb_dls', 'check_records', 'report', 'download_ptbxl',
-           'build_arch', 'encoder_stack', 'make_vit', 'ClassPMA', 'GatePenalty', 'LeadPMA', 'PMA', 'balance_penalty',
-           'entropy_penalty', 'top_k', 'BadRecord', 'read_header', 'LayerStack', 'class_token', 'mean_leads',
-           'mean_tokens', 'LEADS', 'PMA_LEADS', 'derive_leads', 'lead_name', 'evaluate', 'pma_learner',
+           'ludb_table', 'ecg_dls', 'read_records', 'wfdb_dls', 'check_records', 'report', 'check_files', 'download_db',
+           'download_ptbxl', 'build_arch', 'encoder_stack', 'make_vit', 'ClassPMA', 'GatePenalty', 'LeadPMA', 'PMA',
+           'balance_penalty', 'entropy_penalty', 'top_k', 'BadRecord', 'read_header', 'LayerStack', 'class_token',
+           'mean_leads', 'mean_tokens', 'LEADS', 'PMA_LEADS', 'derive_leads', 'lead_name', 'evaluate', 'pma_learner',
            'predict_record', 'pretrain_learner', 'readout_learner', 'MAE', 'MaskedModel', 'masked_mse', 'patchify',
            'random_mask', 'MacroAUROC', 'Score', 'macro_auroc', 'score', 'mitbih_beats', 'mitbih_dls', 'mitbih_rhythms',
            'mitbih_table', 'MaskPatches', 'PretrainLearner', 'MORE_READOUTS', 'READOUTS', 'compare_readouts',
@@ -19,18 +19,19 @@ __all__ = ['Concat', 'Fuse', 'Last', 'LastMean', 'Layer', 'OwnNorm', 'PlainNorm'
            'TASKS', 'ptbxl_classes', 'ptbxl_dls', 'ptbxl_labels', 'ptbxl_table', 'PREPROCESS', 'Preprocess',
            'content_hash', 'read_ecg', 'use_sdpa', 'assert_disjoint', 'check_patients', 'label_subsets', 'overlap',
            'subset_table', 'simulate_ecg', 'synth_ptbxl', 'write_record', 'load_weights', 'audit_trainable',
-           'layer_lrs', 'layer_splitter', 'VIT_SIZES', 'EcgViT', 'ViT1d', 'load_encoder', 'save_encoder']
+           'layer_lrs', 'layer_splitter', 'VIT_SIZES', 'EcgViT', 'ViT1d', 'load_encoder', 'save_encoder', 'EcgArray',
+           'windows_table']
 
-# %% ../nbs/72_all.ipynb #accb2712
+# %% ../nbs/72_all.ipynb #480dabf8
 from .aggregate import Concat, Fuse, Last, LastMean, Layer, OwnNorm, PlainNorm, PPA, SharedNorm, SignedStatic, Static, class_head, linear_head, mlp_head
 from .attend import AttentionPool, Attentive
 from .augment import BaselineWander, LeadCutMix, LeadDropout, LeadMixUp, Noise, Powerline, Scale, Shift, TimeMask, show_augment
 from .blocks import find_blocks
-from .cache import EcgArray, EcgCache, RecordsSetAside, StaleCache, cache_ecg
+from .cache import EcgCache, RecordsSetAside, StaleCache, cache_ecg
 from .challenges import challenge_classes, challenge_dls, challenge_labels, challenge_table, cinc2017_dls, cinc2017_table, ludb_labels, ludb_table
 from .data import ecg_dls, read_records, wfdb_dls
 from .doctor import check_records, report
-from .download import download_ptbxl
+from .download import check_files, download_db, download_ptbxl
 from .encoder import build_arch, encoder_stack, make_vit
 from .gate import ClassPMA, GatePenalty, LeadPMA, PMA, balance_penalty, entropy_penalty, top_k
 from .headers import BadRecord, read_header
@@ -54,16 +55,17 @@ from .transfer import load_weights
 from .tune import audit_trainable, layer_lrs, layer_splitter
 from .vit1d import VIT_SIZES, EcgViT, ViT1d
 from .weights import load_encoder, save_encoder
+from .windows import EcgArray, windows_table
 
-# %% ../nbs/72_all.ipynb #7f476f17
+# %% ../nbs/72_all.ipynb #3648bb2e
 _all_ = ['Concat', 'Fuse', 'Last', 'LastMean', 'Layer', 'OwnNorm', 'PlainNorm', 'PPA', 'SharedNorm', 'SignedStatic', 'Static', 'class_head', 'linear_head', 'mlp_head',
          'AttentionPool', 'Attentive', 'BaselineWander', 'LeadCutMix', 'LeadDropout', 'LeadMixUp', 'Noise', 'Powerline', 'Scale', 'Shift', 'TimeMask', 'show_augment',
-         'find_blocks', 'EcgArray', 'EcgCache', 'RecordsSetAside', 'StaleCache', 'cache_ecg', 'challenge_classes', 'challenge_dls', 'challenge_labels', 'challenge_table',
-         'cinc2017_dls', 'cinc2017_table', 'ludb_labels', 'ludb_table', 'ecg_dls', 'read_records', 'wfdb_dls', 'check_records', 'report', 'download_ptbxl', 'build_arch',
+         'find_blocks', 'EcgCache', 'RecordsSetAside', 'StaleCache', 'cache_ecg', 'challenge_classes', 'challenge_dls', 'challenge_labels', 'challenge_table',
+         'cinc2017_dls', 'cinc2017_table', 'ludb_labels', 'ludb_table', 'ecg_dls', 'read_records', 'wfdb_dls', 'check_records', 'report', 'check_files', 'download_db', 'download_ptbxl', 'build_arch',
          'encoder_stack', 'make_vit', 'ClassPMA', 'GatePenalty', 'LeadPMA', 'PMA', 'balance_penalty', 'entropy_penalty', 'top_k', 'BadRecord', 'read_header', 'LayerStack',
          'class_token', 'mean_leads', 'mean_tokens', 'LEADS', 'PMA_LEADS', 'derive_leads', 'lead_name', 'evaluate', 'pma_learner', 'predict_record', 'pretrain_learner',
          'readout_learner', 'MAE', 'MaskedModel', 'masked_mse', 'patchify', 'random_mask', 'MacroAUROC', 'Score', 'macro_auroc', 'score', 'mitbih_beats', 'mitbih_dls',
          'mitbih_rhythms', 'mitbih_table', 'MaskPatches', 'PretrainLearner', 'MORE_READOUTS', 'READOUTS', 'compare_readouts', 'gate_by_class', 'layer_features', 'plot_gates',
          'plot_layers', 'probe_layers', 'Protocol', 'same_protocol', 'TASKS', 'ptbxl_classes', 'ptbxl_dls', 'ptbxl_labels', 'ptbxl_table', 'PREPROCESS', 'Preprocess',
          'content_hash', 'read_ecg', 'use_sdpa', 'assert_disjoint', 'check_patients', 'label_subsets', 'overlap', 'subset_table', 'simulate_ecg', 'synth_ptbxl', 'write_record',
-         'load_weights', 'audit_trainable', 'layer_lrs', 'layer_splitter', 'VIT_SIZES', 'EcgViT', 'ViT1d', 'load_encoder', 'save_encoder']
+         'load_weights', 'audit_trainable', 'layer_lrs', 'layer_splitter', 'VIT_SIZES', 'EcgViT', 'ViT1d', 'load_encoder', 'save_encoder', 'EcgArray', 'windows_table']

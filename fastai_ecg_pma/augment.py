@@ -145,7 +145,7 @@ def _band(noise, low, high, fs):
     keep = (f >= low) & (f <= high)
     return torch.fft.irfft(torch.fft.rfft(noise)*keep, noise.shape[-1])*(len(f)/keep.sum().clamp(min=1)).sqrt()
 
-# %% ../nbs/19_augment.ipynb #160e521f
+# %% ../nbs/19_augment.ipynb #b8079bf7
 class Powerline(Augment):
     "Adds the mains' hum, each lead its own amplitude and phase"
     def __init__(self,
@@ -155,18 +155,19 @@ class Powerline(Augment):
         p:float=.5, # Share of records
     ):
         _within(0, math.inf, amp=amp)
-        if fs/2 <= hz: raise ValueError(f'{fs} samples a second hold what is below {fs/2} Hz, a hum of {hz} Hz is not in them: leave Powerline out, or read at more than {2*hz}')
+        if fs/2 <= hz: raise ValueError(f'{fs} samples a second hold what is below {fs/2} Hz, a hum of {hz} Hz is not in them: '
+                                        f'leave Powerline out, or read at more than {2*hz}')
         store_attr(); super().__init__(p)
 
     def augment(self, x): return _add(x, _sinusoids(torch.full((len(x),1), float(self.hz), device=x.device), self.amp*_uniform(x), self.fs, x.shape[-1]))
 
-# %% ../nbs/19_augment.ipynb #46757a72
+# %% ../nbs/19_augment.ipynb #c1c4759f
 class LeadDropout(Augment):
     "Sets whole leads to `fill`; at least one recorded lead, or group of leads, is kept"
     order = 93
     def __init__(self,
         share:float=.25, # Of the leads, on average
-        groups=None, # One mark a lead, equal marks go together: `['V' in l for l in leads]`; None: each lead for itself
+        groups=None, # One mark a lead, equal marks go together: `[l[0]=='V' for l in leads]`; None: each lead for itself
         fill:float=0., # As `Preprocess.fill`
         p:float=.5, # Share of records
     ):
@@ -205,22 +206,9 @@ class TimeMask(Augment):
         t = torch.arange(n, device=x.device)
         return torch.where((t >= start) & (t < start+length) & ~x.isnan(), self.fill, x)
 
-# %% ../nbs/19_augment.ipynb #08ca15b2
-def _mix(x, other, w):
-    "`[bs,n_leads,seq_len]` with the share `w` `[bs,n_leads,1]` of records `other` where both are recorded; and the share `[bs]` of what a record holds that is its own"
-    here = recorded(x)
-    w = w*(here & here[other])
-    return torch.where(w > 0, torch.lerp(x, x[other], w.to(x.dtype)), x), 1 - w.sum((1,2))/here.sum((1,2)).clamp(min=1)
-
-def _mix_targets(y, other, lam):
-    if not y.is_floating_point(): raise ValueError(
-        f'targets are {y.dtype}, one class a record, and half a class cannot be written: give the dls a 0/1 matrix `y` with a `vocab`, or train with cbs=MixUp() of fastai, which mixes the losses')
-    lam = lam.to(y.dtype).view(-1, *[1]*(y.ndim-1))
-    return torch.where(lam < 1, torch.lerp(other, y, lam), y)
-
-# %% ../nbs/19_augment.ipynb #ac946659
+# %% ../nbs/19_augment.ipynb #f3c70db8
 class LeadMix(ItemTransform, RandTransform):
-    "Mixes each record, with probability `p`, with another of the batch, and its targets likewise; a subclass gives the other's `weights`, `x` -> `[bs,n_leads,1]`"
+    "Mixes a record, with probability `p`, with another of the batch, and its targets likewise; a subclass says in `weights` how much of each lead is the other's"
     order = 92                                                               # after what is done to a record, before leads and times are dropped
     def __init__(self,
         alpha:float=1., # Of the Beta distribution: 1 draws evenly, less than 1 nearer to the record itself
@@ -234,25 +222,36 @@ class LeadMix(ItemTransform, RandTransform):
 
     def encodes(self, b:list):
         x,*y = [t.as_subclass(Tensor) for t in b]
-        n = len(x)
+        n,here = len(x),recorded(x)
         other = (torch.arange(n, device=x.device) + torch.randint(1, max(n, 2), (1,), device=x.device)) % n       # never itself
-        w = self.weights(x)*(torch.rand(n, 1, 1, device=x.device) < self.p)
-        x,lam = _mix(x, other, w)
+        both = here & here[other]
+        w = both*self.weights(both.any(-1, keepdim=True))*(torch.rand(n, 1, 1, device=x.device) < self.p)
+        lam = 1 - w.sum((1,2))/here.sum((1,2)).clamp(min=1)
+        x = torch.where(w > 0, torch.lerp(x, x[other], w.to(x.dtype)), x)
         return [_like(old, new) for old,new in zip(b, [x, *(_mix_targets(t, t[other], lam) for t in y)])]
 
     def _less_than_half(self, *shape, device):
         lam = Beta(self.alpha, self.alpha).sample(shape).to(device)
         return torch.minimum(lam, 1-lam)
 
-# %% ../nbs/19_augment.ipynb #d7611449
+def _mix_targets(y, other, lam):
+    if not y.is_floating_point(): raise ValueError(f'targets are {y.dtype}, one class a record, and half a class cannot be written: '
+        'give the dls a 0/1 matrix `y` with a `vocab`, or train with cbs=MixUp() of fastai, which mixes the losses')
+    lam = lam.to(y.dtype).view(-1, *[1]*(y.ndim-1))
+    return torch.where(lam < 1, torch.lerp(other, y, lam), y)
+
+# %% ../nbs/19_augment.ipynb #5862348e
 class LeadCutMix(LeadMix):
-    "Takes up to half of a record's leads from another one"
-    def weights(self, x):
-        bs,n_leads,_ = x.shape
-        if n_leads < 2: raise ValueError('LeadCutMix exchanges some of the leads, and here is only one: take LeadMixUp')
-        k = (self._less_than_half(bs, 1, 1, device=x.device)*n_leads).round()
-        return (torch.rand(bs, n_leads, 1, device=x.device).argsort(1).argsort(1) < k).float()
+    "Takes up to half of the leads that both records have from the other one"
+    def weights(self, both):
+        "Which leads both have, `[bs,n_leads,1]` -> 1 where a lead is the other's, else 0"
+        if both.shape[1] < 2: raise ValueError('LeadCutMix exchanges some of the leads, and here is only one: take LeadMixUp')
+        k = (self._less_than_half(len(both), 1, 1, device=both.device)*both.sum(1, keepdim=True)).round()
+        rank = torch.where(both, torch.rand(both.shape, device=both.device), 2).argsort(1).argsort(1)
+        return (rank < k).float()
 
 class LeadMixUp(LeadMix):
-    "Blends each lead of a record with another record's, at a weight of its own below a half"
-    def weights(self, x): return self._less_than_half(*x.shape[:2], 1, device=x.device)
+    "Blends each lead of a record with the other's, at a weight of its own below a half"
+    def weights(self, both):
+        "`[bs,n_leads,1]`: from 0 to a half"
+        return self._less_than_half(*both.shape, device=both.device)

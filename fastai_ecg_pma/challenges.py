@@ -17,7 +17,7 @@ from .data import wfdb_dls
 from .headers import MAX_HEADER, BadRecord, check_text
 from .records import Preprocess
 
-# %% ../nbs/16_challenges.ipynb #021824cb
+# %% ../nbs/16_challenges.ipynb #84bc10bc
 SOURCES = dict(A='CPSC 2018', Q='CPSC 2018 extra', I='INCART', S='PTB', HR='PTB-XL', E='Georgia', JS='Chapman-Shaoxing and Ningbo')
 
 def challenge_table(folder) -> pd.DataFrame:
@@ -39,6 +39,7 @@ def _records(folder):
     if not found: raise FileNotFoundError(f'no record (.hea) below {folder}')
     return found
 
+# %% ../nbs/16_challenges.ipynb #aa401eeb
 def _row(folder, stem):
     "The row of one record, from its header alone"
     with Path(folder, stem+'.hea').open('rb') as f: raw = f.read(MAX_HEADER+1)

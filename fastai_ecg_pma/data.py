@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_records', 'label_matrix', 'EcgDataLoader', 'EcgDataLoaders', 'ecg_dls', 'wfdb_dls']
 
-# %% ../nbs/14_data.ipynb #5746dcb0
+# %% ../nbs/14_data.ipynb #83145d3c
 import numpy as np, pandas as pd, warnings
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -13,10 +13,11 @@ from pathlib import Path
 from rich.progress import track
 from tsai.data.core import TSClassification, TSDataLoader, TSDataLoaders, TSDatasets, TSMultiLabelClassification, TSRegression
 
-from .cache import EcgArray, InMemory, RecordsSetAside, cache_ecg, check_present, windows_table
+from .cache import RecordsSetAside, cache_ecg, check_present
 from .protocol import Protocol, records_hash
 from .records import Preprocess
 from .splits import check_patients
+from .windows import EcgArray, InMemory, windows_table
 
 # %% ../nbs/14_data.ipynb #efd0ffa9
 def _try_read(path, prep):

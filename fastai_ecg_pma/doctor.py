@@ -23,7 +23,7 @@ from .headers import _BYTES, MAX_HEADER, BadRecord, opened, record_stem
 from .leads import LEADS, lead_name
 from .records import PREPROCESS, Preprocess, _read_signals, _stack, _to_mv, samples_hash
 
-# %% ../nbs/11_doctor.ipynb #268429d8
+# %% ../nbs/11_doctor.ipynb #a5bd72ea
 PROBLEMS = {                   # in the order of reports: what makes a record bad, what makes it odd, remarks
     'header': 'the header is not as WFDB asks, or contradicts itself',
     'missing file': 'a header, a signal file or a segment is not there',
@@ -50,14 +50,14 @@ PROBLEMS = {                   # in the order of reports: what makes a record ba
     'mended header': 'remark: the header was mended for reading',
     'other length': 'remark: not as long as most records of the folder'}
 
-_SAID = {'is cut short': 'truncated', 'sampling rate is': 'rate', r'\bgain\b': 'gain', 'not in mV': 'units', r'there \d+ times| twice$': 'lead twice',
+_SAID = {'is cut short': 'truncated', 'sampling rate is': 'rate', r'\bgain\b': 'gain', 'not in mV': 'units', r'lead .* is there \d+ times|has lead .* twice$': 'lead twice',
          r'is missing in|no such record': 'missing file', 'unreadable signal': 'signal',
-         r'more than the \d+ allowed$|less than a hundredth|gives 0 samples|samples, the (record|header) (says|promises)|its number of samples': 'sample count'}
+         r'samples.* more than the \d+ allowed$|less than a hundredth|gives 0 samples|samples, the (record|header) (says|promises)|its number of samples': 'sample count'}
 
-def problem_of(error) -> str:
-    "Which of `PROBLEMS` a `BadRecord` or `OSError` tells of"
-    if (m := re.search(r'promises (\d+) .*it has (\d+)$', str(error))) and int(m[1]) > 100*int(m[2]) > 0: return 'sample count'
-    return next((p for said,p in _SAID.items() if re.search(said, str(error))), 'missing file' if isinstance(error, OSError) else 'header')
+def problem_of(said:str, otherwise='header') -> str:
+    "Which of `PROBLEMS` an error that `said` this tells of"
+    if (m := re.search(r'promises (\d+) .*it has (\d+)$', said)) and int(m[1]) > 100*int(m[2]) > 0: return 'sample count'
+    return next((p for words,p in _SAID.items() if re.search(words, said)), otherwise)
 
 # %% ../nbs/11_doctor.ipynb #e4c285b6
 FLAT = 1                       # s without any change
@@ -81,7 +81,7 @@ def saturated_seconds(x, fs):
     far = 20*np.diff(levels).min()
     return max((n[(v==end) & (n>1)].sum()/fs for end in levels[[0,-1]] if abs(end - np.nanmedian(x)) >= far), default=0.)
 
-# %% ../nbs/11_doctor.ipynb #29ef9d41
+# %% ../nbs/11_doctor.ipynb #e184e467
 def _of_samples(x, fs, volts=True):
     "What is odd in `{lead: [n] in mV}` at `{lead: fs}`, as `(verdict, problem, detail)`; `volts`: not in normalised units"
     def say(problem, values, fmt): return 'odd', problem, ', '.join(f'{l} {fmt.format(v)}' for l,v in values.items())
@@ -91,7 +91,7 @@ def _of_samples(x, fs, volts=True):
     span = {l: np.nanmax(v) - np.nanmin(v) for l,v in x.items() if l not in flat and not np.isnan(v).all()}
     if not volts: return
     if odd := {l: s for l,s in span.items() if not .01 <= s <= 100}: yield say('amplitude', odd, 'spans {:.3g} mV')
-    if len(span) > 2 and np.allclose([*span.values()], 1, rtol=0, atol=1e-9): yield say('gain made up', span, '1 mV')
+    if len(span) > 2 and np.allclose([*span.values()], 1, rtol=0, atol=1e-9): yield 'odd', 'gain made up', 'every lead spans exactly 1 mV'
     elif (e := einthoven_error({l: x[l] for l in span}, fs)) > .2: yield 'odd', 'limb leads', f'II - I - III is {e:.2f} of their size'
 
 def flat_leads(x, fs): return {l: s for l,v in x.items() if (s := flat_seconds(v, fs[l])) >= min(FLAT, len(v)/fs[l])}
@@ -136,7 +136,7 @@ def _of_files(h, folder, x):
 
 def _sum(v, gain, baseline, bits): return int(np.nan_to_num(np.rint(v*gain + baseline), nan=-2**(bits-1)).astype(np.int64).sum())
 
-# %% ../nbs/11_doctor.ipynb #17d74d26
+# %% ../nbs/11_doctor.ipynb #e28b7ba5
 COLUMNS = ('record','verdict','problems','reasons','remarks','fs','seconds','n_leads','leads','nan_share','flat','saturated','mended','content_hash')
 
 def check_record(
@@ -146,9 +146,9 @@ def check_record(
     "What is wrong with one record"
     hea, row, found = record_stem(path), dict.fromkeys(COLUMNS), []
     hea = hea.with_name(f'{hea.name}.hea')
-    short = lambda e: str(e).removeprefix(f'{hea}: ').removeprefix(f'{hea.with_suffix("")}: ')
+    short = lambda e: re.sub(f'^{re.escape(str(hea.with_suffix("")))}(.hea)?: | in {re.escape(str(hea.parent))}$|{re.escape(str(hea.parent))}/', '', str(e))
     try: _examine(hea, row, found)
-    except (BadRecord, OSError) as e: found.append(('bad', problem_of(short(e)) if isinstance(e, BadRecord) else problem_of(e), short(e)))
+    except (BadRecord, OSError) as e: found.append(('bad', problem_of(short(e), 'missing file' if isinstance(e, OSError) else 'header'), short(e)))
     if prep is not None:
         try: prep.starts(prep.read(hea).shape[1], hea)
         except (BadRecord, OSError) as e: found += [] if any(v=='bad' for v,*_ in found) else [('bad', 'refused', short(e))]
@@ -226,10 +226,10 @@ def _verdict(row):
     return {**row, 'verdict': 'bad' if found['bad'] else 'odd' if found['odd'] else 'good', 'problems': ', '.join(dict.fromkeys(p for fs in found.values() for p,_ in fs)),
             'reasons': said(found['bad'] + found['odd']), 'remarks': said(found['remark'])}
 
-# %% ../nbs/11_doctor.ipynb #db9b321f
+# %% ../nbs/11_doctor.ipynb #0635cd54
 def report(
     checks, # What `check_records` returned
-    most:int=20, # Bad and odd records to list of each
+    most:int=20, # Lines for bad and for odd records
 ): # A rich renderable
     "How many records have which problem, and what is wrong with which"
     n, have = checks.verdict.value_counts(), checks.problems.str.split(', ').explode().value_counts()
@@ -238,20 +238,23 @@ def report(
     return Group(counts, *(_listing(checks[checks.verdict==v], v, most) for v in ('bad','odd') if v in n))
 
 def _listing(rows, verdict, most):
-    lines = [*rows[['record','reasons']].itertuples(index=False)][:most]
-    return _table(f'{verdict} records', ['record', 'reasons'], [*lines, *([(f'… {len(rows)-most} more', '')] if len(rows) > most else [])])
+    "Records of one verdict, those of the same reasons together"
+    groups = [(names.tolist(), why) for why,names in rows.groupby('reasons', sort=False).record]
+    lines = [(', '.join(names[:3]) + (f' … ({len(names)})' if len(names) > 3 else ''), why) for names,why in groups[:most]]
+    rest = sum(len(names) for names,_ in groups[most:])
+    return _table(f'{verdict} records', ['record', 'reasons'], [*lines, *([(f'… {rest} more', '')] if rest else [])])
 
 def _table(title, columns, rows):
     t = Table(*columns, title=title, title_justify='left')
     for r in rows: t.add_row(*(escape(str(v).encode('unicode_escape').decode() if not str(v).isprintable() else str(v)) for v in r))
     return t
 
-# %% ../nbs/11_doctor.ipynb #02fb9264
+# %% ../nbs/11_doctor.ipynb #b82d51f4
 def doctor(
     folder:str, # A folder with WFDB records, in folders of any depth
     prep:str=None, # Also what this preprocessing refuses: pma, stmem, or a YAML file with the fields of Preprocess
     out:str=None, # Write all rows to this CSV file
-    most:int=20, # Bad and odd records to list of each
+    most:int=20, # Lines for bad and for odd records
     n_workers:int=2, # Processes that read
 ):
     "A verdict on each record of a folder: good, odd or bad, and why"

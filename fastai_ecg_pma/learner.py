@@ -6,7 +6,7 @@
 __all__ = ['LIGHT_DECODER', 'METRICS', 'pretrain_learner', 'task_of', 'readout_learner', 'pma_learner', 'evaluate', 'score_dls',
            'split_patients', 'predict_record']
 
-# %% ../nbs/50_learner.ipynb #8aa028ff
+# %% ../nbs/50_learner.ipynb #0bab4827
 import inspect, numpy as np, pandas as pd, torch
 import tsai.inference, tsai.learner                                           # noqa: F401 — they add get_X_preds, show_results … to Learner
 from functools import partial
@@ -20,7 +20,7 @@ from fastcore.meta import delegates
 from tsai.models.utils import ts_splitter
 
 from .aggregate import FusedModel, ReadOut, SignedStatic, Static, fused_width, mlp_head
-from .cache import aggregate_windows
+from .windows import aggregate_windows
 from .encoder import build_arch, encoder_stack, example, find_encoder, fit_to, is_class, make_vit, unshelve
 from .gate import PMA
 from .mae import MAE

@@ -6,11 +6,11 @@
 __all__ = ['DS1', 'DS2', 'PACED', 'SAME_PATIENT', 'AAMI', 'AAMI_ESCAPES_S', 'BEATS', 'RHYTHMS', 'RHYTHM_NAMES', 'mitbih_table',
            'mitbih_beats', 'mitbih_rhythms', 'mitbih_dls']
 
-# %% ../nbs/17_mitbih.ipynb #71298140
+# %% ../nbs/17_mitbih.ipynb #a5ff43d4
 import numpy as np, pandas as pd, wfdb
 from pathlib import Path
 
-from .cache import EcgArray, InMemory
+from .windows import EcgArray, InMemory
 from .data import ecg_dls, read_records
 from .headers import BadRecord, read_header
 from .protocol import Protocol, records_hash
@@ -32,7 +32,7 @@ def mitbih_table(folder) -> pd.DataFrame:
     return pd.DataFrame([dict(record=p.name, path=p.relative_to(folder).as_posix(), patient_id=SAME_PATIENT.get(p.name, p.name), split=split.get(p.name, ''),
                               leads=h.sig_name, fs=h.fs, seconds=h.sig_len/h.fs) for p in found for h in [read_header(p)]])
 
-# %% ../nbs/17_mitbih.ipynb #2898a148
+# %% ../nbs/17_mitbih.ipynb #e712f4c6
 AAMI = {**dict.fromkeys('NLRBejn', 'N'), **dict.fromkeys('AaJS', 'S'), **dict.fromkeys('VrE', 'V'), 'F':'F', **dict.fromkeys('/fQ?', 'Q')}
 AAMI_ESCAPES_S = {**AAMI, **dict.fromkeys('ejn', 'S')}
 BEATS = Preprocess(('MLII',), 360, 256)
@@ -43,6 +43,7 @@ def _annotations(folder, r):
     except (ValueError, TypeError, IndexError, KeyError, OverflowError, AttributeError) as e: raise BadRecord(f'{r.path}: unreadable annotations ({type(e).__name__}: {e})') from e
     return np.asarray(a.sample)/(a.fs or r.fs), np.array(a.symbol, object), np.array([n.strip('\x00 ') for n in a.aux_note], object)
 
+# %% ../nbs/17_mitbih.ipynb #1404ace3
 def mitbih_beats(
     folder, # With records and their `.atr` files
     prep:Preprocess=BEATS, # Its `fs` and `seq_len` decide where windows begin

@@ -7,7 +7,9 @@ is sound, the samples must be those that were written. Prints what was tried and
 import argparse
 import faulthandler
 import io
+import pickle
 import re
+import resource
 import signal
 import sys
 import tempfile
@@ -16,6 +18,7 @@ import traceback
 import tracemalloc
 import warnings
 from collections import Counter
+from itertools import count
 from pathlib import Path
 
 import numpy as np, soundfile
@@ -26,7 +29,8 @@ from fastai_ecg_pma.headers import BadRecord, read_header
 from fastai_ecg_pma.leads import LEADS, lead_name
 from fastai_ecg_pma.records import Preprocess, content_hash, read_ecg
 
-DEADLINE = 5                                             # seconds that one call may take
+DEADLINE = 20                                             # seconds that one call may take
+MEMORY = 6*2**30                                         # bytes of address space for the whole process: a wild allocation fails at once
 BITS = {'8': 8, '16': 16, '24': 24, '32': 32, '61': 16, '80': 8, '160': 16, '212': 12, '310': 10, '311': 10, '508': 8, '516': 16, '524': 24}
 LEAD_NAMES = (*LEADS, 'MLII', 'ECG', 'lead v1', 'avr', 'ABP (mean)', 'ECG')
 
@@ -62,7 +66,7 @@ def flac(fmt, d, spf):
 @st.composite
 def sound(draw, stem='r', n=None, names=None, flat=False):
     "`(files, truth)`: a sound record and, by lead, what must be read of it in mV"
-    n = draw(st.integers(1, 60)) if n is None else n
+    n = draw(st.sampled_from([1, 2, 3, 7, 40, 61, 90])) if n is None else n
     names = draw(st.lists(st.sampled_from(LEAD_NAMES), min_size=1, max_size=4, unique_by=lead_name)) if names is None else names
     rng = np.random.default_rng(draw(st.integers(0, 999)))
     files, truth, lines, left = {}, {}, [], list(names)
@@ -128,7 +132,7 @@ def tokens(text): return re.split(r'([ /():+x\n.]+)', text)
 def edited(draw, raw):
     "A header with one to a few things wrong"
     t = tokens(raw.decode('utf-8', 'replace'))
-    for _ in range(draw(st.integers(1, 3))):
+    for _ in range(draw(st.sampled_from([1, 1, 2, 3, 6]))):
         how, i, j = draw(st.sampled_from(['put', 'put', 'put', 'put', 'drop', 'twice', 'swap', 'insert', 'cut', 'lines'])), draw(st.integers(0, max(0, len(t)-1))), draw(st.integers(0, max(0, len(t)-1)))
         if how == 'put': t[i] = draw(JUNK)
         elif how == 'drop': del t[i:i+draw(st.integers(1, 4))]
@@ -159,7 +163,7 @@ def flipped(draw, raw):
 @st.composite
 def broken(draw):
     "A record with something wrong in its headers, its signal files, or both"
-    files, _ = draw(st.one_of(sound(), joined(), joined()))
+    files, _ = draw(st.one_of(sound(), sound(), joined()))
     for _ in range(draw(st.integers(1, 2))):
         name = draw(st.sampled_from(sorted(files)))
         what = draw(st.sampled_from(['text', 'text', 'text', 'bytes', 'gone', 'same']))
@@ -186,8 +190,8 @@ def big(draw):
     return files, None
 
 
-OPTIONS = st.fixed_dictionaries(dict(leads=st.sampled_from([None, None, LEADS, ('I',), ('aVF', 'V1', 'ECG')]), fs=st.sampled_from([None, 100, 250, 33.3]), missing=st.sampled_from(['error', 'nan']),
-                                     derive=st.booleans(), highpass=st.sampled_from([None, .67]), lowpass=st.sampled_from([None, 15]), notch=st.sampled_from([None, 12.5])))
+OPTIONS = st.fixed_dictionaries(dict(leads=st.sampled_from([None, None, LEADS, ('I',), ('aVF', 'V1', 'ECG')]), fs=st.sampled_from([None, None, 100, 250, 33.3]), missing=st.sampled_from(['error', 'nan']),
+                                     derive=st.booleans(), highpass=st.sampled_from([None, None, None, .67]), lowpass=st.sampled_from([None, None, None, 15]), notch=st.sampled_from([None, None, None, 12.5])))
 CASES = st.tuples(st.one_of(*[sound()]*2, *[joined()]*2, *[broken()]*14, big()), OPTIONS)
 NOISE = st.tuples(st.builds(lambda h, d: ({'r.hea': h, 'r.dat': d}, None), st.one_of(st.binary(max_size=200), st.text(max_size=200).map(lambda s: s.encode('utf-8', 'replace'))), st.binary(max_size=100)), OPTIONS)
 
@@ -244,7 +248,7 @@ def run_case(case, seen=None, trace=True):
         leads = leads or [l for l in dict.fromkeys(map(lead_name, h.sig_name if h else ['I'])) if l] or ['I']
         r = call('read_ecg', lambda: read_ecg(path, **{**o, 'leads': leads}), o['fs'])
         if r and (r[0].dtype != np.float32 or len(r[0]) != len(leads) or np.isinf(r[0]).any()): problems.append('read_ecg: not [n_leads,n] float32 without infinity')
-        prep = Preprocess(leads, 100, 50, stride=25, pad=True, missing=o['missing'], derive=o['derive'], highpass=o['highpass'], lowpass=o['lowpass'], notch=o['notch'])
+        prep = Preprocess(leads, 100, 50, stride=5000, pad=True, missing=o['missing'], derive=o['derive'], highpass=o['highpass'], lowpass=o['lowpass'], notch=o['notch'])
         w = call('Preprocess.windows', lambda: prep.windows(path), 100)
         if w is not None and (w.shape[1:] != (len(leads), 50) or not np.isfinite(w).all()): problems.append('Preprocess.windows: not finite [n,n_leads,50]')
         call('content_hash', lambda: content_hash(path))
@@ -261,17 +265,22 @@ def run_case(case, seen=None, trace=True):
     return problems
 
 
-def fuzz(n, first_seed, strategy=CASES, seen=None, found=None):
-    "Run `n` cases; `(outcomes, {problem: first case})`"
-    seen, found = Counter() if seen is None else seen, {} if found is None else found
+def fuzz(n, first_seed, strategy=CASES):
+    "Run `n` different cases; `(outcomes, {problem: first case})`"
+    seen, found, done, mine = Counter(), {}, set(), count(first_seed*10**6)
 
-    @seed(first_seed)
-    @settings(max_examples=n, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
-    @given(strategy)
     def body(case):
-        seen['cases'] += 1
-        for p in run_case(case, seen, seen['cases'] % 4 == 0 or sum(map(len, case[0][0].values())) > 20_000): found.setdefault(re.sub(r'\d+', '#', p)[:160], (p, case))
-    body()
+        (files, _), options = case
+        if seen['cases'] == n or (key := hash((tuple(sorted(files.items())), repr(sorted(options.items()))))) in done: return
+        done.add(key); seen['cases'] += 1
+        big = sum(map(len, files.values())) > 20_000
+        for p in run_case(case, seen, trace=big or seen['cases'] % 4 == 0): found.setdefault(re.sub(r'\d+', '#', p)[:160], (p, case))
+        if seen['cases'] % 1000 == 0: print(f'{seen["cases"]} cases, {len(found)} found', flush=True)
+
+    while seen['cases'] < n:
+        s = next(mine)
+        some = settings(max_examples=min(n, 500), database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+        seed(s)(some(given(NOISE if s % 10 == 9 else strategy)(body)))()
     return seen, found
 
 
@@ -279,18 +288,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--cases', type=int, default=1000); parser.add_argument('--seed', type=int, default=0); parser.add_argument('--save', help='pickle the cases found here')
     args = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     warnings.simplefilter('ignore')
-    t0, seen, found = time.perf_counter(), Counter(), {}
-    for i in range(0, args.cases, 1000):
-        fuzz(min(1000, args.cases-i), args.seed*1000 + i//1000, NOISE if i % 10_000 == 9000 else CASES, seen, found)
-        print(f'{seen["cases"]} cases, {time.perf_counter()-t0:.0f} s, {len(found)} found', flush=True)
+    t0 = time.perf_counter()
+    seen, found = fuzz(args.cases, args.seed)
     for (what, how), k in sorted((k, v) for k, v in seen.items() if isinstance(k, tuple)): print(f'  {what:20} {how:20} {k}')
-    print(f'seed {args.seed}: {seen["cases"]} cases in {time.perf_counter()-t0:.0f} s; largest peak {seen["peak"]/1e6:.0f} MB, slowest call {seen["seconds"]:.1f} s; {len(found)} found')
+    print(f'seed {args.seed}: {seen["cases"]} different cases in {time.perf_counter()-t0:.0f} s; largest peak {seen["peak"]/1e6:.0f} MB, slowest call {seen["seconds"]:.1f} s; {len(found)} found')
     for p, ((files, _), options) in found.values():
         print('FOUND', p, options, *(f'\n    {k}: {v[:300] if k.endswith(".hea") else f"{len(v)} bytes"}' for k, v in files.items()))
-    if args.save:
-        import pickle
-        Path(args.save).write_bytes(pickle.dumps(found))
+    if args.save: Path(args.save).write_bytes(pickle.dumps(found))
     return int(bool(found))
 
 
