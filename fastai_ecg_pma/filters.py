@@ -63,7 +63,7 @@ def _enough(step, x):
     try: return bridged(step, x)
     except ValueError as e: raise ValueError(f'{x.shape[-1]} samples are too few for this filter ({e})') from e
 
-# %% ../nbs/06_filters.ipynb #730df41c
+# %% ../nbs/06_filters.ipynb #cc521e32
 STANDARDIZE = ('lead', 'record', 'none')
 
 def standardize(x, how:str):
@@ -71,7 +71,8 @@ def standardize(x, how:str):
     if how not in STANDARDIZE: raise ValueError(f"standardize is {how!r}: choose one of {', '.join(STANDARDIZE)}")
     if how == 'none': return x.astype(np.float32)
     x, axis = x.astype(np.float64), -1 if how == 'lead' else (-2, -1)
-    there = ~np.isnan(x)
-    n = np.maximum(there.sum(axis, keepdims=True), 1)
-    x = x - np.where(there, x, 0).sum(axis, keepdims=True)/n
-    return (x/(np.sqrt(np.where(there, x*x, 0).sum(axis, keepdims=True)/n) + 1e-8)).astype(np.float32)
+    hole = np.isnan(x)
+    total = lambda v: (np.where(hole, 0, v) if hole.any() else v).sum(axis, keepdims=True)
+    n = np.maximum((~hole).sum(axis, keepdims=True), 1)
+    x = x - total(x)/n
+    return (x/(np.sqrt(total(x*x)/n) + 1e-8)).astype(np.float32)

@@ -97,7 +97,7 @@ def _stack(signals, rates, fs, path):
     if any(len(s) > n+1 for s in x if s is not None): raise BadRecord(f'{path}: its leads are of different lengths, {sorted({len(s) for s in x if s is not None})}')
     return np.stack([np.full(n, np.nan) if s is None else s[:n] for s in x])
 
-# %% ../nbs/10_records.ipynb #7d7931be
+# %% ../nbs/10_records.ipynb #ef01997e
 @dataclass(frozen=True)
 class Preprocess:
     "File → windows `[n_leads,seq_len]` float32. Call it with the path of a record of one window, or use `windows`"
@@ -147,8 +147,10 @@ class Preprocess:
     def window(self, x, start:int=0):
         "`[n_leads,length]` from `read` -> the finished window `[n_leads,seq_len]` that begins at sample `start`"
         x = x[:, start:start+self.seq_len]
-        x = standardize(np.pad(x, ((0, 0), (0, self.seq_len - x.shape[1])), constant_values=np.nan), self.standardize)
-        return x if self.fill is None else np.nan_to_num(x, nan=self.fill, copy=False)
+        if short := self.seq_len - x.shape[1]: x = np.pad(x, ((0, 0), (0, short)), constant_values=np.nan)
+        x = standardize(x, self.standardize)
+        if self.fill is not None: x[np.isnan(x)] = self.fill
+        return x
 
     def windows(self, path):
         "All windows of a record, `[n_windows,n_leads,seq_len]` float32"

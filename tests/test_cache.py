@@ -146,8 +146,8 @@ def crash_overwriting(folder, out, step, first=0):
         k += step
 
 def test_a_crash_before_any_line(folder, tmp_path):
-    assert crash_everywhere(folder, tmp_path/'cache', 53, random.randrange(53)) > 5
-    assert crash_overwriting(folder, tmp_path/'other', 53, random.randrange(53)) > 5
+    assert crash_everywhere(folder, tmp_path/'cache', 53, random.randrange(53)) > 3
+    assert crash_overwriting(folder, tmp_path/'other', 53, random.randrange(53)) > 3
 
 
 def test_ctrl_c_ends_builder_and_workers_and_loses_nothing(folder, tmp_path):
@@ -217,10 +217,8 @@ def test_two_builders(folder, tmp_path, monkeypatch):
 def file_rss(): return next(int(l.split()[1])/1024 for l in open('/proc/self/status') if l.startswith('RssFile'))
 
 def test_an_epoch_leaves_little_of_the_file_in_memory(tmp_path, monkeypatch):
-    records(tmp_path/'records', 6, fs=500)
-    c = build(tmp_path/'records', tmp_path/'cache', prep=Preprocess(fs=500, seq_len=5000), n=6)
-    big = [f'r{i%6}' for i in range(80)]                                     # 19 MB
-    c = cache_ecg(tmp_path/'records', big, tmp_path/'big', prep=c.prep, progress=False)
+    records(tmp_path/'records', 80, fs=500)
+    c = build(tmp_path/'records', tmp_path/'cache', prep=Preprocess(fs=500, seq_len=5000), n=80)      # 19 MB
     X, grown = EcgArray(c), {}
     for limit in (2**20, 2**40):
         monkeypatch.setattr(module, 'RESIDENT', limit)
