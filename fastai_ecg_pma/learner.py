@@ -129,13 +129,13 @@ def pma_learner(
     learn.arch = arch if is_class(arch) else type(stack.encoder)
     return learn
 
-# %% ../nbs/50_learner.ipynb #6cb26c4e
+# %% ../nbs/50_learner.ipynb #3b9a0a3a
 def evaluate(learn, ds_idx:int=1, **kwargs):
     "`Score` of `learn` on its validation (1) or training (0) records; patients from `dls.table.patient_id`. kwargs go to `score`"
     dl = learn.dls[ds_idx].new(shuffle=False, drop_last=False)
     task,n_out = task_of(learn.dls)
     if task == 'numbers': raise ValueError('this learner predicts numbers, which have no AUROC: `learn.validate()` gives its loss and metrics')
-    with learn.no_bar(): p,y = learn.get_preds(dl=dl, reorder=False)
+    with learn.no_bar(), dl.dataset.set_split_idx(1): p,y = learn.get_preds(dl=dl, reorder=False)       # 1: nothing augmented, training records neither
     if len(p) != len(dl.dataset): raise ValueError(f'{len(p)} of {len(dl.dataset)} records came back: the loader loses some (as tsai\'s do for 65 to 127 '
                                                    'records). Make the dls with `ecg_dls`')
     return score_dls(p.numpy(), y.numpy() if task == 'labels' else one_hot(y, n_out), learn.dls, ds_idx, **kwargs)

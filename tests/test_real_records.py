@@ -3,6 +3,9 @@ import ast
 
 import numpy as np, pandas as pd, pytest, wfdb
 
+from fastai_ecg_pma.doctor import check_records
+from fastai_ecg_pma.headers import read_header
+from fastai_ecg_pma.leads import lead_name
 from fastai_ecg_pma.ptbxl import TASKS, ptbxl_classes, ptbxl_dls, ptbxl_labels, ptbxl_table
 from fastai_ecg_pma.records import BadRecord, LEADS, PMA_LEADS, Preprocess, read_ecg
 
@@ -65,3 +68,49 @@ def test_wrong_leads_and_length_are_refused(shared):
     with pytest.raises(BadRecord, match='lead I is there 0 times'): Preprocess()(one)
     mit = sorted(shared('data/mitdb').glob('*.hea'))[0]
     with pytest.raises(BadRecord, match='expected 1000'): Preprocess(leads=['MLII'])(mit)
+
+
+def ours(path):
+    "Names, rate and samples of a whole record, as this library reads it"
+    names = read_header(path).sig_name
+    return names, *read_ecg(path, names)
+
+
+@pytest.mark.parametrize('name,every,n,refused', [('cinc2020', 1, 28, ['E00009', 'E00015', 'E00018', 'E00793']), ('ludb', 1, 60, []), ('mitdb', 1, 3, []), ('ptb-xl', 4, 112, []), ('cinc2017', 20, 125, [])])
+def test_equal_to_wfdb_where_wfdb_can(shared, name, every, n, refused):
+    "To the bit; `refused` are the headers that wfdb 4.3.1 cannot read and this library can"
+    paths = [p.with_suffix('') for p in sorted(shared(f'data/{name}').rglob('*.hea'))[::every]]
+    assert len(paths) == n
+    unread = []
+    for p in paths:
+        names, x, fs = ours(p)
+        try: r = wfdb.rdrecord(str(p))
+        except ValueError: unread.append(p.name); continue
+        assert (names, fs) == (r.sig_name, r.fs)
+        np.testing.assert_array_equal(x, r.p_signal.T.astype(np.float32))
+    assert unread == refused
+
+
+def test_every_record_of_the_2020_challenge_is_read_rightly(shared):
+    "Against the bytes and the checksums, with a parser of three lines"
+    for hea in sorted(shared('data/cinc2020').glob('*.hea')):
+        head, *lines = [l.split() for l in hea.read_text().splitlines() if not l.startswith('#')]
+        d = np.frombuffer(hea.with_suffix('.mat').read_bytes()[24:], '<i2').reshape(-1, 12).T
+        assert d.shape == (int(head[1]), int(head[3])) and all(l[1] in ('16+24', '16x1+24') for l in lines)
+        assert [int(v.sum()) % 65536 for v in d] == [int(l[6]) % 65536 for l in lines]
+        gain = np.array([float(l[2].split('/')[0].split('(')[0]) for l in lines])
+        names, x, fs = ours(hea)
+        assert (names, fs) == ([l[8] for l in lines], int(head[2]))
+        np.testing.assert_array_equal(x, (d/gain[:, None]).astype(np.float32))
+        assert [lead_name(l) for l in names] == list(LEADS)
+        assert (read_header(hea).mended != []) == (len(head) > 4)                     # the date; in four of them the name too
+
+
+def test_what_the_doctor_says_of_them(shared):
+    t = check_records(shared('data/cinc2020'))
+    assert t.verdict.eq('good').all() and t.problems.str.contains('date').sum() == 14 and t.problems.str.contains('mended header').sum() == 4
+    t = check_records(shared('data/ludb'))
+    assert len(t) == 60 and t.reasons.eq('gain made up: every lead spans exactly 1 mV').all()
+    t = check_records(shared('data/ptb-xl')/'records500')
+    assert t[t.verdict != 'good'][['record', 'reasons']].values.tolist() == [['00000/00004_hr', 'saturated: V4 for 0.11 s']]
+    assert check_records(shared('data/mitdb'), Preprocess(['MLII'], stride=1000)).verdict.tolist() == ['good']*3

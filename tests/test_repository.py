@@ -43,9 +43,10 @@ def test_notebooks_are_clean(root, copy):
 def test_notebooks_hold_no_machine_path(root):
     machine = ['site-packages', str(root), str(Path.home()), tempfile.gettempdir()]
     for p in (root/'nbs').glob('*.ipynb'):
-        text = p.read_text()
-        assert [m for m in machine if m in text] == [], p.name
-        cells = [c for c in json.loads(text)['cells'] if c['cell_type'] == 'code']
+        nb = json.loads(p.read_text())
+        cells = [c for c in nb['cells'] if c['cell_type'] == 'code']
+        for o in (o for c in cells for o in c['outputs'] if 'data' in o): o['data'] = {k: v for k,v in o['data'].items() if not k.startswith('image/png')}    # base64 holds any word
+        assert [m for m in machine if m in json.dumps(nb)] == [], p.name
         assert len({c['id'] for c in cells}) == len(cells)
 
 
