@@ -20,7 +20,7 @@ def lead_name(s:str) -> str:
     plain = re.sub(r'^(ecg|lead|[\s_:-])+', '', s.strip().lower())
     return _SPELLINGS.get(plain, s.strip())
 
-# %% ../nbs/02_leads.ipynb #fdc4af43
+# %% ../nbs/02_leads.ipynb #8e9a4b34
 def find_leads(
     names, # The names in a file, in its order
     leads, # The names asked for
@@ -32,8 +32,9 @@ def find_leads(
     return [have.index(l) if l in have else None for l in map(lead_name, leads)]
 
 def check_leads(leads):
-    "`leads` in the usual spelling, as a tuple; `ValueError` for a string, none at all, or one asked for twice"
+    "`leads` in the usual spelling, as a tuple; `ValueError` for a string, a number, none at all, or one asked for twice"
     if isinstance(leads, str): raise ValueError(f'leads is the string {leads!r}: give a list of names')
+    if odd := [l for l in leads if not isinstance(l, str)]: raise ValueError(f'leads holds {odd[0]!r}: leads are named, not numbered')
     out = tuple(map(lead_name, leads))
     if not out: raise ValueError('leads is empty: name at least one')
     if len(set(out)) < len(out): raise ValueError(f'lead {next(l for l in out if out.count(l) > 1)} is asked for twice: {", ".join(out)}')

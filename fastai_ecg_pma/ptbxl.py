@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['TASKS', 'ptbxl_table', 'ptbxl_classes', 'ptbxl_labels', 'ptbxl_dls']
 
-# %% ../nbs/15_ptbxl.ipynb #c4b5b8f7
+# %% ../nbs/15_ptbxl.ipynb #644bb02e
 import ast
 import numpy as np, pandas as pd
 from pathlib import Path
 
+from .cache import cache_ecg
 from .data import wfdb_dls
 from .records import Preprocess
 from .splits import label_subsets
@@ -60,7 +61,7 @@ def ptbxl_labels(
     for row,codes in zip(y, table.scp_codes): row[[col[classes[s]] for s,p in codes.items() if classes.get(s) in col and p >= min_likelihood]] = 1
     return y,vocab
 
-# %% ../nbs/15_ptbxl.ipynb #7e754d36
+# %% ../nbs/15_ptbxl.ipynb #b73afcbe
 def ptbxl_dls(
     folder, # Folder with `ptbxl_database.csv`, `scp_statements.csv` and the records
     task:str='superdiagnostic', # One of the six `TASKS`; None: all records, unlabelled
@@ -71,11 +72,15 @@ def ptbxl_dls(
     min_likelihood:float=0, # In %: a statement less likely does not count. 0, as published: every statement does
     share:float=1, # Of the training records, by whole patients: nested `label_subsets`
     seed:int=0, # Of that choice
+    cache=None, # Folder of a cache of all records, made if missing
+    n_workers:int=0, # Processes that read
+    progress:bool=False, # Show a progress bar
     **kwargs):
     "tsai `dls` of PTB-XL with the official folds and labels; kwargs go to `wfdb_dls` and `ecg_dls`"
     table,col = ptbxl_table(folder),{100:'filename_lr', 500:'filename_hr'}.get(rate)
     if col not in table: raise ValueError(f'no files at {rate} Hz: the table has {", ".join(c for c in table if "filename" in c)}')
     if both := set(train_folds) & set(valid_folds): raise ValueError(f'fold {min(both)} is asked for in training and in validation')
+    if cache is not None: cache_ecg(folder, table, cache, col, prep, n_workers, progress)        # of all records: every task, fold and share reads from it
     y,vocab = ptbxl_labels(table, ptbxl_classes(folder, task), min_likelihood) if task else (np.zeros((len(table),0)),[])
     drops = task not in ('all', None)
     keep = table.strat_fold.isin([*train_folds, *valid_folds]) & (y.any(1) if drops else True)
@@ -85,7 +90,7 @@ def ptbxl_dls(
         if not n: raise ValueError(f'no {name} record: folds {list(folds)} of {folder} hold none for task {task!r}')
     if share < 1: table = _with_share(table, vocab, share, seed)
     about = dict(data='PTB-XL', task=task or 'unlabelled', train_folds=tuple(train_folds), valid_folds=tuple(valid_folds), min_likelihood=min_likelihood, drop_unlabelled=drops, share=share)
-    return wfdb_dls(folder, table, col, vocab if task else None, 'valid', prep, protocol=about, **kwargs)
+    return wfdb_dls(folder, table, col, vocab if task else None, 'valid', prep, cache=cache, n_workers=n_workers, progress=progress, protocol=about, **kwargs)
 
 def _with_share(table, vocab, share, seed):
     "The validation records of `table`, and a share of the others"
