@@ -5,10 +5,13 @@
 # %% auto #0
 __all__ = ['read_records', 'label_matrix', 'EcgDataLoader', 'EcgDataLoaders', 'ecg_dls', 'wfdb_dls']
 
-# %% ../nbs/14_data.ipynb #83145d3c
-import numpy as np, pandas as pd, warnings
+# %% ../nbs/14_data.ipynb #4fa31040
+import inspect, warnings
+import numpy as np, pandas as pd
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from fastai.data.core import TfmdDL
+from fastai.data.load import DataLoader
 from pathlib import Path
 from rich.progress import track
 from tsai.data.core import TSClassification, TSDataLoader, TSDataLoaders, TSDatasets, TSMultiLabelClassification, TSRegression
@@ -61,12 +64,12 @@ class EcgDataLoader(TSDataLoader):
 
 class EcgDataLoaders(TSDataLoaders): _dl_type = EcgDataLoader
 
-# %% ../nbs/14_data.ipynb #20fb3fe1
+# %% ../nbs/14_data.ipynb #fc5d26b9
 def ecg_dls(
     X, # `[n_records,n_leads,seq_len]` float32: an array, or an `EcgArray`, which stays where it is
     y=None, # 0/1 matrix `[n_records,n_labels]`; one class a record, `[n_records]` numbers or names; floats to predict; None: unlabelled
     vocab=None, # Names of the labels or classes; None: those in `y`, or floats to predict
-    valid=None, # Boolean `[n_records]`, `True` = validation
+    valid=None, # Boolean `[n_records]`, `True` = validation. That no patient is on both sides is for you to see to: `check_patients`
     prep:Preprocess=None, # How `X` was made; travels with the `dls`, the learner and the weights
     table=None, # DataFrame with one row a record, kept as `dls.table`
     bs:int=64, # Batch size of training; validation takes twice as many
@@ -81,6 +84,9 @@ def ecg_dls(
     in_place = isinstance(X, EcgArray)                                               # its windows are made batch by batch
     if not in_place and (odd := _invalid(X, prep)) is not None: raise ValueError(f'record {odd} of X has invalid samples')
     if record is not None and np.shape(record) != (len(X),): raise ValueError(f'record has shape {np.shape(record)}, expected one number for each of {len(X)} rows')
+    if record is not None and (both := np.intersect1d(np.asarray(record)[valid], np.asarray(record)[~valid])).size: raise ValueError(
+        f'record {both[0]} has windows in training and in validation: keep all windows of a record together')
+    if odd := sorted(set(kwargs) - _TAKES): raise ValueError(f'no argument {odd[0]!r}: these functions and tsai\'s loaders do not know it')
     splits, n_train = (np.flatnonzero(~valid).tolist(), np.flatnonzero(valid).tolist()), int((~valid).sum())
     tfms, items = (None, None) if y is None else _targets(np.asarray(y), vocab, len(X))
     dsets = TSDatasets(X, items, splits=splits, tfms=tfms, inplace=not in_place)
@@ -88,6 +94,8 @@ def ecg_dls(
     dls.prep, dls.table, dls.bad = prep, table, pd.DataFrame(columns=['row','record','reason'])
     dls.record, dls.protocol = None if record is None else np.asarray(record), protocol
     return dls
+
+_TAKES = set().union(*(inspect.signature(f).parameters for f in (TSDataLoader.__init__, TfmdDL.__init__, DataLoader.__init__, TSDataLoaders.from_dsets))) - {'self', 'kwargs'}
 
 def _invalid(X, prep):
     "Number of the first record with samples that are no numbers, None where there is none; NaN passes where `prep` marks by it what was not recorded"
@@ -121,19 +129,19 @@ def _multi_label(y, vocab, n):
     for i,row in enumerate(y): items[i] = [vocab[j] for j in np.flatnonzero(row)]
     return [None, TSMultiLabelClassification(c=len(vocab), vocab=vocab, sort=False)], items
 
-# %% ../nbs/14_data.ipynb #8fc91bd6
+# %% ../nbs/14_data.ipynb #490b62bc
 def wfdb_dls(
     folder, # Where the records are
     table, # DataFrame, or a csv file, with one row a record; with a column `patient_id`, no patient may be in both splits
     path_col:str='path', # Column with each record's path, relative to `folder`, without extension
-    label_cols=None, # Columns of 0/1; one column's name: a class, or a number to predict, for each record; None: unlabelled
+    label_cols=None, # Columns of 0/1; one column's name: for each record a class (names, whole numbers) or a number to predict (floats); None: unlabelled
     valid_col:str='valid', # Column of True/False: what is for validation
     prep:Preprocess=Preprocess(), # What is done to each record
     bs:int=64, # Batch size
     n_workers:int=0, # Processes that read
     progress:bool=False, # Show a progress bar
     cache=None, # Folder of a cache (`cache_ecg`), made if missing: the records are read once for all, and need not fit into memory
-    random_crop:bool=False, # Training: one window a record, anywhere in it, drawn anew each time, instead of all its windows
+    random_crop:bool=False, # Training: one window a record, anywhere in it, drawn anew each time, instead of all its windows; training records then have no score
     aggregate:str='mean', # How the probabilities of a record's windows become one: 'mean' or 'max'
     protocol:dict=None, # Fields of `Protocol` that the folder cannot tell: `data`, `task`, folds …
     **kwargs):
@@ -143,6 +151,7 @@ def wfdb_dls(
         if c not in table: raise ValueError(f'no column {c!r}; the table has {", ".join(map(str, table.columns))}')
     y, vocab = _labels(table, label_cols)
     valid = label_matrix(table, [valid_col])[:,0].astype(bool)
+    if both := set(table[path_col][valid]) & set(table[path_col][~valid]): raise ValueError(f'{len(both)} records are in training and in validation, such as {min(both)}: name each once')
     if 'patient_id' in table: check_patients(table.patient_id, train=~valid, valid=valid)
     source, rows, bad = _source(folder, table, path_col, prep, n_workers, progress, cache)
     w, refused = windows_table(source, prep, random=~valid[rows] if random_crop else None)
@@ -153,7 +162,7 @@ def wfdb_dls(
     dls.bad = bad
     return dls
 
-# %% ../nbs/14_data.ipynb #8c745a12
+# %% ../nbs/14_data.ipynb #25024891
 def _labels(table, cols):
     "`(y, vocab)` for `ecg_dls` from label columns, or from one column of classes or numbers"
     if cols is None: return None, None
@@ -180,6 +189,7 @@ def _with_refused(bad, refused, rows, paths):
 
 def _protocol(paths, y, vocab, valid, used, prep, aggregate, given):
     "The protocol of results on the records in rows `used`"
+    if odd := {'records', 'aggregate', 'prep'} & set(given): raise ValueError(f'protocol={given} sets {min(odd)!r}, which has its own argument or follows from the records')
     label = lambda i: [v for v,on in zip(vocab, y[i]) if on] if np.ndim(y) == 2 else y[i]
     records = {part: records_hash(paths.iloc[r].astype(str), None if y is None else [label(i) for i in r]) for part,r in (('train', used[~valid[used]]), ('valid', used[valid[used]]))}
     return Protocol(**dict(dict(data='WFDB folder', task=', '.join(vocab) if vocab else 'unlabelled' if y is None else 'numbers'), **given), records=records, aggregate=aggregate, prep=prep)

@@ -6,7 +6,7 @@
 __all__ = ['READOUTS', 'MORE_READOUTS', 'layer_features', 'FeatureStack', 'probe_layers', 'plot_layers', 'compare_readouts',
            'frozen_learner', 'gate_by_class', 'plot_gates']
 
-# %% ../nbs/60_probe.ipynb #2921359d
+# %% ../nbs/60_probe.ipynb #c371b0b9
 import time
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from copy import deepcopy
@@ -23,10 +23,10 @@ from .attend import Attentive
 from .data import ecg_dls
 from .encoder import encoder_stack
 from .gate import PMA
-from .learner import evaluate, readout_learner, score_dls, task_of
+from .learner import batch_tfms, evaluate, is_random, readout_learner, score_dls, task_of
 from .metrics import one_hot
 
-# %% ../nbs/60_probe.ipynb #4392a6d0
+# %% ../nbs/60_probe.ipynb #770094ee
 @delegates(encoder_stack, but='sdpa')
 def layer_features(
     arch, # The encoder: a module, a learner, a path
@@ -36,7 +36,7 @@ def layer_features(
 ): # `dls` whose `x` is the pooled stack `[1+n_layers,d]` (`[1+n_layers,n_leads*d]` with leads kept apart), with the same labels, splits, patients
     "Run the frozen encoder once over `dls`: pooled features of the embeddings and of every layer, as `dls`"
     stack = encoder_stack(dls, arch, **kwargs).eval()
-    (H,y),(G,t) = (_features(stack, dls[i].dataset, bs) for i in (0,1))
+    (H,y),(G,t) = (_features(stack, dls[i], bs) for i in (0,1))
     h, is_valid = np.concatenate([H,G]), np.arange(len(H)+len(G)) >= len(H)
     rows = np.concatenate([np.asarray(dls[i].dataset.split_idxs) for i in (0,1)])
     table, record = (getattr(dls, k, None) for k in ('table', 'record'))
@@ -47,10 +47,11 @@ def layer_features(
     return feats
 
 @torch.no_grad()
-def _features(stack, dataset, bs):
-    "Pooled stack `[n,1+n_layers,…]` and targets of all rows of a dataset, in their order; of the records only `bs` are held at a time"
-    device = next(stack.parameters()).device
-    out = [(stack(torch.as_tensor(np.asarray(x)).to(device)).cpu().numpy(), np.asarray(y)) for x,y in (dataset[i:i+bs] for i in range(0, len(dataset), bs))]
+def _features(stack, dl, bs):
+    "Pooled stack `[n,1+n_layers,…]` and targets of all rows of a split, in their order, nothing augmented; of the records only `bs` are held at a time"
+    device, ds = next(stack.parameters()).device, dl.dataset
+    if is_random(ds): raise ValueError('these records are random crops, other ones each time: features are of dls without random_crop')
+    out = [(stack(batch_tfms(dl, torch.as_tensor(np.asarray(x)).to(device))).cpu().numpy(), np.asarray(y)) for x,y in (ds[i:i+bs] for i in range(0, len(ds), bs))]
     return tuple(np.concatenate(v) for v in zip(*out))
 
 def _arrays(dl):

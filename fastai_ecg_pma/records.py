@@ -97,7 +97,7 @@ def _stack(signals, rates, fs, path):
     if any(len(s) > n+1 for s in x if s is not None): raise BadRecord(f'{path}: its leads are of different lengths, {sorted({len(s) for s in x if s is not None})}')
     return np.stack([np.full(n, np.nan) if s is None else s[:n] for s in x])
 
-# %% ../nbs/10_records.ipynb #9ca13362
+# %% ../nbs/10_records.ipynb #23a2a64a
 @dataclass(frozen=True)
 class Preprocess:
     "File → windows `[n_leads,seq_len]` float32. Call it with the path of a record of one window, or use `windows`"
@@ -122,7 +122,10 @@ class Preprocess:
             if getattr(self, name) not in ok: raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(map(repr, ok))}")
         if not self.fs > 0: raise ValueError(f'fs is {self.fs}: it must be above 0 Hz')
         for name in ('seq_len', 'order', 'stride'):
-            if (v := getattr(self, name)) != int(v or 1) and v is not None or v is not None and v < 1: raise ValueError(f'{name} is {v!r}: a whole number from 1')
+            if (v := getattr(self, name)) is None and name == 'stride': continue
+            if isinstance(v, (bool, str)) or v is None or v < 1 or v != int(v): raise ValueError(f'{name} is {v!r}: a whole number from 1')
+            object.__setattr__(self, name, int(v))
+        if self.fill is not None and not np.isfinite(self.fill): raise ValueError(f'fill is {self.fill}: a number, or None for NaN')
         if self.order > 10: raise ValueError(f'order is {self.order}: a whole number from 1 to 10')
         zero_phase(np.zeros((1, 1000)), self.fs, self.highpass, self.lowpass, self.order, self.notch)    # says which frequency fs cannot hold
 

@@ -82,7 +82,7 @@ def windows_table(
     if not out: raise ValueError(f'none of the {len(names)} records gives a window; the first: {bad[0][2]}')
     return pd.DataFrame(out, columns=['record', 'start']), pd.DataFrame(bad, columns=['row', 'record', 'reason'])
 
-# %% ../nbs/13_windows.ipynb #19ad1bc0
+# %% ../nbs/13_windows.ipynb #3897bd99
 def aggregate_windows(
     probs, # Of each window, `[n_windows,n_out]` or `[n_windows]`, after the sigmoid: what `get_preds` gives
     record, # Number of each window's record, `[n_windows]`
@@ -95,4 +95,4 @@ def aggregate_windows(
     order = np.argsort(record, kind='stable')
     _, first, n = np.unique(record[order], return_index=True, return_counts=True)
     if how == 'max': return np.maximum.reduceat(p[order], first)
-    return (np.add.reduceat(p[order].astype(np.float64), first)/n.reshape(-1, *[1]*(p.ndim-1))).astype(p.dtype)
+    return (np.add.reduceat(p[order].astype(np.float64), first)/n.reshape(-1, *[1]*(p.ndim-1))).astype(p.dtype if p.dtype.kind == 'f' else np.float64)
