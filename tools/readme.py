@@ -1,5 +1,6 @@
 "Write README.md (and the figures beside it) from nbs/index.ipynb; `--check` fails if they are not what the notebook gives"
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -51,4 +52,6 @@ def stale():
 if __name__ == '__main__':
     if '--check' in sys.argv:
         if s := stale(): sys.exit(f'not what nbs/index.ipynb gives: {", ".join(s)}; run `make readme`')
-    else: build(ROOT)
+    else:
+        shutil.rmtree(ROOT/MEDIA, ignore_errors=True)          # figures of an earlier page
+        build(ROOT)
