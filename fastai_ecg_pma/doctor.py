@@ -249,10 +249,10 @@ def _table(title, columns, rows):
     for r in rows: t.add_row(*(escape(str(v).encode('unicode_escape').decode() if not str(v).isprintable() else str(v)) for v in r))
     return t
 
-# %% ../nbs/11_doctor.ipynb #b82d51f4
+# %% ../nbs/11_doctor.ipynb #ce615237
 def doctor(
     folder:str, # A folder with WFDB records, in folders of any depth
-    prep:str=None, # Also what this preprocessing refuses: pma, stmem, or a YAML file with the fields of Preprocess
+    prep:str=None, # Judge by what this preprocessing can use: pma, stmem, or a YAML file with the fields of Preprocess
     out:str=None, # Write all rows to this CSV file
     most:int=20, # Lines for bad and for odd records
     n_workers:int=2, # Processes that read

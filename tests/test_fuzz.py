@@ -2,7 +2,6 @@
 import io
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np, pytest, soundfile
@@ -10,21 +9,23 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from fastai_ecg_pma.doctor import check_records
 from fastai_ecg_pma.headers import BadRecord, read_header
-from fastai_ecg_pma.records import Preprocess, content_hash, read_ecg
+from fastai_ecg_pma.records import Preprocess, read_ecg
 
 sys.path.insert(0, str(Path(__file__).parents[1]/'tools'))
 import fuzz
 
-SOME = settings(max_examples=150, derandomize=True, database=None, deadline=None, phases=[Phase.explicit, Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck))
+def some(n): return settings(max_examples=n, derandomize=True, database=None, deadline=None, phases=[Phase.explicit, Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck))
+
+
 OPTIONS = dict(leads=None, fs=100, missing='nan', derive=True, highpass=None, lowpass=None, notch=None)
 
 
-@SOME
+@some(200)
 @given(fuzz.CASES)
 def test_broken_records(case): assert fuzz.run_case(case) == []
 
 
-@SOME
+@some(100)
 @given(fuzz.NOISE)
 def test_noise_for_a_record(case): assert fuzz.run_case(case) == []
 
