@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Fuse', 'mix', 'Layer', 'Last', 'LastMean', 'PPA', 'start_from', 'begin_at', 'Static', 'SignedStatic', 'Concat',
-           'PlainNorm', 'SharedNorm', 'OwnNorm', 'mlp_head', 'linear_head', 'class_head', 'fused_width', 'ReadOut',
-           'FusedModel']
+           'GroupMeans', 'PlainNorm', 'SharedNorm', 'OwnNorm', 'mlp_head', 'linear_head', 'class_head', 'fused_width',
+           'ReadOut', 'FusedModel']
 
 # %% ../nbs/21_aggregate.ipynb #a971d3d4
 import torch
@@ -107,6 +107,16 @@ class Concat(Fuse):
     "Layers 1…L side by side: `z` `[bs,n_layers*d]`, with leads kept apart `[bs,n_leads,n_layers*d]`"
     norm_first = True
     def forward(self, h): return self.layers(h).movedim(1, -2).flatten(-2)
+
+class GroupMeans(Fuse):
+    "The mean of each of `n_groups` runs of consecutive layers, side by side: one group is the mean of all, as many as layers are `Concat`"
+    norm_first = True
+    def __init__(self, n_layers:int, d:int, n_groups:int):
+        super().__init__(n_layers, d)
+        if not 1 <= n_groups <= n_layers: raise ValueError(f'n_groups={n_groups} of {n_layers} layers: choose 1 to {n_layers}')
+        self.n_groups = n_groups
+
+    def forward(self, h): return torch.cat([g.mean(1) for g in self.layers(h).tensor_split(self.n_groups, 1)], -1)
 
 # %% ../nbs/21_aggregate.ipynb #f4ed20a4
 class PlainNorm(nn.LayerNorm):

@@ -145,7 +145,7 @@ def wfdb_dls(
     aggregate:str='mean', # How the probabilities of a record's windows become one: 'mean' or 'max'
     protocol:dict=None, # Fields of `Protocol` that the folder cannot tell: `data`, `task`, folds …
     **kwargs):
-    "WFDB records → `dls`, one row a window. Labels and splits are checked first; bad records are in `dls.bad`"
+    "WFDB records → `dls`, one row a window. Labels and splits are checked first; bad records are in `dls.bad`, where each window is from in `dls.paths` and `dls.starts`"
     table = (table if isinstance(table, pd.DataFrame) else pd.read_csv(table)).reset_index(drop=True)
     for c in (path_col, valid_col):
         if c not in table: raise ValueError(f'no column {c!r}; the table has {", ".join(map(str, table.columns))}')
@@ -159,7 +159,7 @@ def wfdb_dls(
     X = EcgArray(source, w.record, w.start, prep)
     dls = ecg_dls(X if cache is not None or random_crop else X[:], None if y is None else y[row], vocab, valid[row], prep, table.iloc[row].reset_index(drop=True), bs, row,
                   _protocol(table[path_col], y, vocab, valid, np.unique(row), prep, aggregate, protocol or {}), **kwargs)
-    dls.bad = bad
+    dls.bad, dls.paths, dls.starts = bad, [Path(folder)/p for p in table[path_col].iloc[row]], w.start.to_numpy()
     return dls
 
 # %% ../nbs/14_data.ipynb #25024891

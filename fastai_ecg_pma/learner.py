@@ -20,13 +20,13 @@ from fastcore.meta import delegates
 from tsai.data.core import TSTensor
 from tsai.models.utils import ts_splitter
 
-from .aggregate import FusedModel, ReadOut, SignedStatic, Static, fused_width, mlp_head
+from .aggregate import FusedModel, Last, ReadOut, SignedStatic, Static, fused_width, mlp_head
 from .windows import RANDOM, EcgArray, aggregate_windows
 from .encoder import build_arch, encoder_stack, example, find_encoder, fit_to, is_class, make_vit, unshelve
 from .gate import PMA
 from .mae import MAE
 from .masked import MaskedModel
-from .masking import masked_mse
+from .masking import masked_mse, per_lead, same_times
 from .metrics import MacroAUROC, Score, one_hot, score
 from .pretrain import MaskPatches, PretrainLearner
 from .tune import AuditTrainable, FixFrozenBackbone
@@ -37,28 +37,30 @@ from .vit1d import ViT1d
 def pretrain_learner(
     dls, # Labels in it are ignored
     arch=None, # Encoder: a module, a path, a learner to go on with, a tsai class or its name; None: a fresh `ViT1d` that fits `dls`
-    ratio:float=0.75, # Share of patches to hide in each lead
-    all_layers:bool=False, # IPASTMEM: decode from the mean of all layers instead of the last
+    fuse=Last, # What is decoded: `Last` layer (STMEM), the mean of all by `PPA` (IPASTMEM), any `Fuse`
+    mask=None, # Way of hiding, such as `time_blocks`; None: `per_lead`, or `same_times` for a model whose tokens mix the leads
+    ratio=0.75, # Share of patches to hide; or a function of the share of training done
     size:str='tiny', # Of a fresh `ViT1d`, one of `VIT_SIZES`
     ps:int=None, # Samples a patch; None: half a second for a fresh `ViT1d`, a token for other models
     arch_config:dict=None, # Arguments of a tsai class
     decoder:dict=None, # Arguments of `MAE`'s decoder: `d`, `n_layers`, `n_heads`; None: ST-MEM's, or a light one for an encoder at most 128 wide
+    loss_func=masked_mse, # Of rebuilt patches, patches and mask; the plain error is `partial(masked_mse, standardize=False)`
     seed:int=None, # Set for reproducible weights and masks
     opt_func=partial(Adam, mom=0.9, sqr_mom=0.95), wd=0.01, cbs=None, **kwargs) -> PretrainLearner:
     "Masked pretraining (ST-MEM): `fit_one_cycle`, `show_results`, then hand it to `pma_learner`"
     if seed is not None: set_seed(seed, reproducible=True)
     if arch is None: enc = make_vit(dls, size, ps)
     else: enc = fit_to(unshelve(find_encoder(build_arch(dls, arch, arch_config) if is_class(arch) else arch)), dls)
-    model = _masked_autoencoder(enc, dls, ps, all_layers, decoder)
-    mask = MaskPatches(model.ps, ratio, same_times=model.mixes_leads)
-    return PretrainLearner(dls, model, loss_func=masked_mse, opt_func=opt_func, wd=wd, cbs=[mask, *listify(cbs)], **kwargs)
+    model = _masked_autoencoder(enc, dls, ps, fuse, decoder)
+    hide = MaskPatches(model.ps, ratio, mask or (same_times if model.mixes_leads else per_lead))
+    return PretrainLearner(dls, model, loss_func=loss_func, opt_func=opt_func, wd=wd, cbs=[hide, *listify(cbs)], **kwargs)
 
 LIGHT_DECODER = dict(d=64, n_layers=2, n_heads=1)
 
-def _masked_autoencoder(enc, dls, ps, all_layers, decoder):
-    if isinstance(enc, ViT1d): return MAE(enc, all_layers=all_layers, **(LIGHT_DECODER if decoder is None and enc.d <= 128 else decoder or {}))
+def _masked_autoencoder(enc, dls, ps, fuse, decoder):
+    if isinstance(enc, ViT1d): return MAE(enc, fuse=fuse, **(LIGHT_DECODER if decoder is None and enc.d <= 128 else decoder or {}))
     if decoder: raise ValueError(f'decoder={decoder} is for ViT1d: {type(enc).__name__} rebuilds each patch by one linear layer')
-    return MaskedModel(enc, example(dls), ps, all_layers)
+    return MaskedModel(enc, example(dls), ps, fuse)
 
 # %% ../nbs/50_learner.ipynb #86db4d12
 def task_of(dls):

@@ -9,7 +9,8 @@ __all__ = ['MAE']
 import torch
 from torch import nn
 
-from .vit1d import Block, init_weights, sincos_positions, visible_idx
+from .aggregate import Last, fused_width
+from .vit1d import Block, init_weights, sincos_positions, visible_tokens
 
 # %% ../nbs/32_mae.ipynb #41cfad24
 class MAE(nn.Module):
@@ -20,11 +21,12 @@ class MAE(nn.Module):
         d:int=256, # Width of the decoder
         n_layers:int=4, # Blocks of the decoder
         n_heads:int=4, # Heads of 64 units each
-        all_layers:bool=False, # Decode from the mean of all layers (IPASTMEM) instead of the last one (STMEM)
+        fuse=Last, # What the decoder reads of the layers, a `Fuse` called with `n_layers` and `d`: `Last` (STMEM), `PPA` (IPASTMEM) …
     ):
         super().__init__()
-        self.encoder,self.all_layers,self.ps = encoder,all_layers,encoder.ps
-        self.embed = nn.Linear(encoder.d, d)
+        self.encoder,self.ps = encoder,encoder.ps
+        self.fuse = fuse(encoder.n_layers, encoder.d)
+        self.embed = nn.Linear(fused_width(self.fuse), d)
         self.mask_token = nn.Parameter(torch.empty(d))
         self.register_buffer('pos', sincos_positions(encoder.n_patches, d))
         self.blocks = nn.Sequential(*[Block(d, n_heads) for _ in range(n_layers)])
@@ -34,13 +36,16 @@ class MAE(nn.Module):
 
     def encode(self, x, mask):
         "What the decoder reads of the visible tokens: `[bs,n_leads*(n_visible+2),d]`"
-        hs, norm = list(self.encoder.states(x, mask))[1:], self.encoder.norm
-        return torch.stack([norm(h) for h in hs]).mean(0) if self.all_layers else norm(hs[-1])
+        hs, norm = self.encoder.states(x, mask), self.encoder.norm
+        if not isinstance(self.fuse, Last): return self.fuse(norm(torch.stack(list(hs), 1)))
+        for h in hs: pass
+        return norm(h)
 
     def forward(self, x, mask):
-        u = self.embed(self.encode(x, mask)).unflatten(1, (x.shape[1], -1))
-        full = self.mask_token.to(u.dtype).expand(*mask.shape, -1)
-        full = full.scatter(2, visible_idx(mask)[...,None].expand(-1,-1,-1,u.shape[-1]), u[:,:,1:-1])
-        h = torch.cat([u[:,:,:1], full, u[:,:,-1:]], 2) + self.pos
+        u, (idx,seen) = self.embed(self.encode(x, mask)), visible_tokens(mask)
+        n = mask.shape[1]*(mask.shape[2]+2)
+        if seen is not None: idx = idx.masked_fill(~seen, n)                 # fillers go to a place of their own
+        full = self.mask_token.to(u.dtype).expand(len(u), n if seen is None else n+1, -1)
+        h = full.scatter(1, idx[...,None].expand_as(u), u)[:,:n].unflatten(1, (mask.shape[1], -1)) + self.pos
         h = self.norm(self.blocks(h.flatten(0,1)))
         return self.out(h[:,1:-1]).unflatten(0, mask.shape[:2])

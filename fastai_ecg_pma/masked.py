@@ -9,6 +9,7 @@ __all__ = ['tokens_of_patches', 'MaskedModel']
 import torch
 from torch import nn
 
+from .aggregate import Last, fused_width
 from .blocks import asking
 from .layers import LayerStack
 from .masking import patchify
@@ -40,15 +41,16 @@ class MaskedModel(nn.Module):
         encoder, # Any Transformer whose tokens are patches in time
         x, # Example batch, or its shape `(n_leads, seq_len)`
         ps:int=None, # Samples a patch; None: as many as a token of the encoder
-        all_layers:bool=False, # Rebuild from the mean of all layers (as IPASTMEM) instead of the last one
+        fuse=Last, # What is rebuilt from, a `Fuse` called with `n_layers` and `d`: `Last`, `PPA` (as IPASTMEM) …
     ):
         super().__init__()
-        self.stack,self.all_layers = LayerStack(encoder, x, layers=None if all_layers else 1, pool=None, normed=True),all_layers
+        self.stack = LayerStack(encoder, x, layers=1 if fuse is Last else None, pool=None, normed=True)
+        self.fuse = fuse(self.stack.n_layers, self.stack.d)
         self.n_leads, n = x[-2:] if isinstance(x, (tuple,list)) else x.shape[-2:]
         self.ps = ps or _patch_size(self.stack, n)
         p = next(encoder.parameters())
         self.register_buffer('sees', tokens_of_patches(self.stack, torch.randn(1, self.n_leads, n, device=p.device, dtype=p.dtype), self.ps), persistent=False)
-        self.out = nn.Linear(self.stack.d, self.ps if self.stack.has_leads else self.ps*self.n_leads).to(p.device, p.dtype)
+        self.out = nn.Linear(fused_width(self.fuse), self.ps if self.stack.has_leads else self.ps*self.n_leads).to(p.device, p.dtype)
 
     @property
     def encoder(self): return self.stack.encoder
@@ -57,7 +59,7 @@ class MaskedModel(nn.Module):
 
     def forward(self, x, mask):
         hidden = mask.repeat_interleave(self.ps, -1)
-        patches,_ = self.stack.split(self.stack(x.masked_fill(hidden, 0))[:,1:].mean(1))
+        patches,_ = self.stack.split(self.fuse(self.stack(x.masked_fill(hidden, 0))))
         y = self.out(self.sees @ patches)                           # [bs,n_leads,n_patches,ps], or [bs,1,n_patches,n_leads*ps]
         return y if self.stack.has_leads else y[:,0].unflatten(-1, (self.n_leads, self.ps)).transpose(1,2)
 

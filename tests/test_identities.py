@@ -103,7 +103,7 @@ def test_with_one_layer_ipastmem_is_stmem(n_layers, x):
     torch.manual_seed(0)
     enc = ViT1d(200, 25, d=D, n_layers=n_layers, n_heads=1)
     last = MAE(enc, d=32, n_layers=1, n_heads=1)
-    every = MAE(deepcopy(enc), d=32, n_layers=1, n_heads=1, all_layers=True)
+    every = MAE(deepcopy(enc), d=32, n_layers=1, n_heads=1, fuse=PPA)
     every.load_state_dict(last.state_dict())
     mask = random_mask((BS, N_LEADS, 8), generator=torch.Generator().manual_seed(2))
     preds = [m(x, mask) for m in (last, every)]

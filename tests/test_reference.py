@@ -7,7 +7,7 @@ from fastai_ecg_pma.aggregate import PPA, FusedModel, Last, ReadOut, mlp_head
 from fastai_ecg_pma.gate import PMA
 from fastai_ecg_pma.layers import LayerStack
 from fastai_ecg_pma.mae import MAE
-from fastai_ecg_pma.masking import mask_from_noise, masked_mse, patchify
+from fastai_ecg_pma.masking import hide, masked_mse, patchify
 from fastai_ecg_pma.weights import encoder_config, load_encoder, make_encoder, map_original_keys
 
 TOL = dict(rtol=0, atol=1e-10)
@@ -59,7 +59,7 @@ def test_pma(ref):
 def masked_autoencoder(ref, all_layers):
     s, state = ref['sizes'], original(ref, 'pretrain')
     enc = make_encoder(encoder_config(state['encoder']), state['encoder'])
-    m = MAE(enc, s['decoder_embed_dim'], s['decoder_depth'], s['decoder_num_heads'], all_layers=all_layers)
+    m = MAE(enc, s["decoder_embed_dim"], s["decoder_depth"], s["decoder_num_heads"], fuse=PPA if all_layers else Last)
     m.double().load_state_dict({**{f'encoder.{k}': v for k, v in state['encoder'].items()}, **state['decoder']})
     return m
 
@@ -67,7 +67,7 @@ def masked_autoencoder(ref, all_layers):
 def test_masked_pretraining(ref, task):
     m, x = masked_autoencoder(ref, all_layers=task == 'ipastmem'), array(ref, 'x')
     noise = array(ref, 'noise')
-    mask = mask_from_noise(noise, .75)
+    mask = hide(noise, .75)
     agree(mask.double(), array(ref, f'{task}_mask').double())
     # the original keeps visible patches in the order of their noise, we keep them in time
     B, C, n = noise.shape
