@@ -97,7 +97,6 @@ def fit_to(enc, dls):
         if dls.len != enc.seq_len: raise ValueError(f'the encoder was trained on {enc.seq_len} samples, the dls hold {dls.len}: '
                                                     f'read the records with Preprocess(seq_len={enc.seq_len})')
         enc.use_leads(prep.leads)
-        if prep.fill is None: raise ValueError('these dls mark what was not recorded by NaN, which this encoder cannot mask: Preprocess(fill=0)')
         same = SAME_SIGNAL
     else: same = ('leads','seq_len',*SAME_SIGNAL)                               # only our ViT knows its leads by name
     for what in same:
@@ -123,6 +122,7 @@ def encoder_stack(
     if arch_config and not built: raise ValueError(f'arch_config={arch_config} is for a class or a name, {type(arch).__name__} is built already')
     if arch is None: enc = make_vit(dls, size, ps)
     else: enc = fit_to(find_encoder(build_arch(dls, arch, arch_config)) if built else _own_copy(arch), dls)
+    if hasattr(enc, 'use_leads') and enc.prep.fill is None: raise ValueError('these dls mark what was not recorded by NaN, which this encoder can hide in pretraining, but not read: Preprocess(fill=0)')
     if sdpa: use_sdpa(enc)
     stack = LayerStack(enc, example(dls), **kwargs)
     if weights_path is not None: load_weights(enc, weights_path, stack.unused, resize_positions)
