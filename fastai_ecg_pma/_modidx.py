@@ -290,6 +290,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fastai_ecg_pma.data.EcgDataLoader.get_idxs': ( 'data.html#ecgdataloader.get_idxs',
                                                                                      'fastai_ecg_pma/data.py'),
                                      'fastai_ecg_pma.data.EcgDataLoaders': ('data.html#ecgdataloaders', 'fastai_ecg_pma/data.py'),
+                                     'fastai_ecg_pma.data.EcgLabels': ('data.html#ecglabels', 'fastai_ecg_pma/data.py'),
+                                     'fastai_ecg_pma.data.EcgLabels.decodes': ('data.html#ecglabels.decodes', 'fastai_ecg_pma/data.py'),
                                      'fastai_ecg_pma.data._bar': ('data.html#_bar', 'fastai_ecg_pma/data.py'),
                                      'fastai_ecg_pma.data._invalid': ('data.html#_invalid', 'fastai_ecg_pma/data.py'),
                                      'fastai_ecg_pma.data._labels': ('data.html#_labels', 'fastai_ecg_pma/data.py'),

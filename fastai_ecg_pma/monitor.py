@@ -73,5 +73,5 @@ def plot(self:ProbeLayers, ax=None):
     ax, s = ax or plt.subplots(figsize=(6,3.2))[1], self.scores
     for (l,d),c in zip(s.groupby('layer'), plt.cm.viridis(np.linspace(0, .95, s.layer.nunique()))): ax.plot(d.epochs, d.point, 'o-', ms=3, color=c, label=f'{l}' if l else '0 (embeddings)')
     ax.set(xlabel='epochs of pretraining', ylabel='macro-AUROC of a probe')
-    ax.legend(title='layer', fontsize=7, title_fontsize=8, ncol=2)
+    ax.legend(title='layer', fontsize=7, title_fontsize=8, loc='center left', bbox_to_anchor=(1, .5))
     return ax
