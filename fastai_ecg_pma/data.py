@@ -91,7 +91,7 @@ class EcgDataLoader(TSDataLoader):
 
     def rows(self, batch:int):
         "Which rows of `X`, as `ecg_dls` was given it, are in batch number `batch` of this epoch"
-        return np.asarray(self.dataset.split_idxs)[self.order[batch*self.bs:(batch+1)*self.bs]]
+        return np.asarray(self.dataset.split_idxs, np.int64)[self.order[batch*self.bs:(batch+1)*self.bs]]
 
 class EcgDataLoaders(TSDataLoaders): _dl_type = EcgDataLoader
 
