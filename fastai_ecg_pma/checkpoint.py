@@ -146,7 +146,7 @@ def read_tensors(file):
     file = Path(file)
     _check_hash(file)
     try:
-        with safe_open(file, 'pt') as f: return {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
+        with safe_open(file, 'pt') as f: return {k: f.get_tensor(k).clone() for k in f.keys()}, f.metadata()      # no view of the file, which will go
     except SafetensorError as e: raise DamagedCheckpoint(f'{file.name} is damaged: {e}') from None
 
 def _check_hash(file):
@@ -200,9 +200,11 @@ def _load_opt(opt, state):
         inner.state = defaultdict(dict, {p: {k: on(p, v) for k,v in s.items()} for p,s in inner.state.items()})
 
 # %% ../nbs/38_checkpoint.ipynb #8f2d1c33
-SHOWS = {'TrainEvalCallback', 'Recorder', 'ProgressCallback', 'ShowGraphCallback', 'CSVLogger'}      # callbacks that change nothing that is trained
+SHOWS = {'TrainEvalCallback', 'Recorder', 'ProgressCallback', 'ShowGraphCallback', 'CSVLogger', 'WandbCallback', 'TensorBoardCallback', 'NeptuneCallback', 'CometCallback'}
 
-def _deciding(learn): return [cb for cb in learn.cbs if type(cb).__name__ not in SHOWS and not isinstance(cb, Checkpoint)]
+def _deciding(learn, ignore=()):
+    "Callbacks without those that only show, and those whose names are in `ignore`"
+    return [cb for cb in learn.cbs if type(cb).__name__ not in {*SHOWS, *ignore} and not isinstance(cb, Checkpoint)]
 
 def _remembers(o):
     "What `o` has in its attributes and pickle is not needed for"
@@ -233,14 +235,17 @@ def _load_curves(learn, state):
 
 def _loaders(learn): return [vars(dl).get('dl', dl) for dl in learn.dls.loaders]      # without what distributed training puts around them
 
-def training_state(learn):
+def training_state(
+    learn, # While or after it is trained
+    ignore=(), # Names of callbacks that decide nothing
+):
     "All that decides how the training of `learn` goes on, as `pack` takes it"
     params, scaler = list(get_model(learn.model).named_parameters()), getattr(learn, 'scaler', None)
     return dict(model=_weights(learn), trained=[k for k,p in params if p.requires_grad], grads=_grads(params), opt=learn.opt.state_dict(), scaler=scaler.state_dict() if scaler else {},
-        loop={k: getattr(learn, k) for k in ('epoch', 'train_iter', 'pct_train')}, curves=_curves(learn), callbacks=[_callback_state(cb) for cb in _deciding(learn)],
+        loop={k: getattr(learn, k) for k in ('epoch', 'train_iter', 'pct_train')}, curves=_curves(learn), callbacks=[_callback_state(cb) for cb in _deciding(learn, ignore)],
         loaders=[dict(rng=dl.rng.getstate(), epoch_seed=getattr(dl, 'epoch_seed', None)) for dl in _loaders(learn)], random=_all_random())
 
-def set_training_state(learn, state):
+def set_training_state(learn, state, ignore=()):
     "Make `learn` go on from what `training_state` gave"
     params = list(get_model(learn.model).named_parameters())
     _copy_weights(learn, state['model'])
@@ -250,7 +255,7 @@ def set_training_state(learn, state):
     if state['scaler'] and getattr(learn, 'scaler', None): learn.scaler.load_state_dict(state['scaler'])
     for k,v in state['loop'].items(): setattr(learn, k, v)
     _load_curves(learn, state['curves'])
-    for cb,s in zip(_deciding(learn), state['callbacks'], strict=True): _load_callback(cb, s)
+    for cb,s in zip(_deciding(learn, ignore), state['callbacks'], strict=True): _load_callback(cb, s)
     for dl,s in zip(_loaders(learn), state['loaders']):
         dl.rng.setstate(s['rng'])
         if isinstance(dl, EcgDataLoader): dl.epoch_seed = s['epoch_seed']
@@ -328,9 +333,9 @@ def _loader(part, dl):
 
 def _schedule(cb): return {n: [np.asarray(f(i/16)).tolist() for i in range(17)] for n,f in cb.scheds.items()} if isinstance(cb, ParamScheduler) else {}
 
-def describe(learn):
+def describe(learn, ignore=()):
     "`{part: value}` of model, data, optimiser, schedule, loss and callbacks of `learn` at the start of a fit"
-    cbs = _deciding(learn)
+    cbs = _deciding(learn, ignore)
     scheduled = {k for cb in cbs if isinstance(cb, ParamScheduler) for k in cb.scheds}
     out = {**_data(learn), **_model(learn), **_optimiser(learn, scheduled)}
     for part,dl in zip(('train', 'valid'), _loaders(learn)): out |= _loader(part, dl)
@@ -411,7 +416,7 @@ def checkpoints(folder):
     return pd.DataFrame(rows, columns=['file', 'MB'])
 
 def _newest(folder, fit, device):
-    "State, description and conditions of the newest whole checkpoint of a fit, None where there is none. Damaged ones are put aside and told of"
+    "What makes the state anew each time, description and conditions of the newest whole checkpoint of a fit, None where there is none. Damaged ones are put aside and told of"
     for file in reversed(_of_fit(folder, fit)):
         try: return _open(file, device)
         except DamagedCheckpoint as e:
@@ -422,7 +427,7 @@ def _newest(folder, fit, device):
 def _open(file, device='cpu'):
     tensors, meta = read_tensors(file)
     if meta.get('format') != str(FORMAT): raise ValueError(f'{file} has format {meta.get("format")}, this version reads {FORMAT}: choose another folder')
-    return tuple(unpack(json.loads(meta['state']), tensors, device) if k == 'state' else json.loads(meta[k]) for k in ('state', 'config', 'conditions'))
+    return partial(unpack, json.loads(meta['state']), tensors, device), json.loads(meta['config']), json.loads(meta['conditions'])
 
 # %% ../nbs/38_checkpoint.ipynb #8f2d1c62
 _HELD = {}                              # folder: its lock, and the callback of this process that writes there
@@ -458,11 +463,13 @@ class Checkpoint(StopOnNonFinite):
         keep:int=2, # Checkpoints of each fit that are kept
         monitor:str='valid_loss', # A loss or metric: the weights at its best value are kept too, see `load_best`
         comp=None, # `np.less` or `np.greater`; None: less where 'loss' or 'error' is in the name
+        ignore=(), # Callbacks, or their names, that change nothing that is trained: they may come and go between runs, and are not kept
     ):
         for k,v in dict(every=every, keep=keep).items():
             if not (v is None and k == 'every') and (isinstance(v, bool) or not isinstance(v, int) or v < 1): raise ValueError(f'{k} is {v!r}: a whole number from 1')
         self.folder,self.every,self.keep,self.monitor = Path(folder).expanduser().absolute(),every,keep,monitor
         self.comp = comp or (np.less if 'loss' in monitor or 'error' in monitor else np.greater)
+        self.ignore = {c if isinstance(c, str) else c.__name__ for c in ignore}
         self.n_done,self.best,self.rows,self.described,self.finished = 0,None,[],None,None
 
     def before_fit(self):
@@ -470,7 +477,7 @@ class Checkpoint(StopOnNonFinite):
         self._check()
         self._unhook()
         if rank_distrib() == 0: _take(self.folder, self)
-        self.described,self.finished,self.rows = describe(self.learn),None,[]
+        self.described,self.finished,self.rows = describe(self.learn, self.ignore),None,[]
         if found := _newest(self.folder, self.n_done, next(self.model.parameters()).device): self._go_on(*found)
 
     def after_batch(self):
@@ -487,7 +494,7 @@ class Checkpoint(StopOnNonFinite):
     def after_fit(self):
         if not is_fit(self.learn) or self.described is None: return
         self._unhook()
-        if self.finished: set_training_state(self.learn, self.finished)      # whatever the others did at the end of a fit that was over
+        if self.finished: set_training_state(self.learn, self.finished(), self.ignore)      # whatever the others did at the end of a fit that was over
         else: self._save(None)
         self.n_done,self.described,self.finished = self.n_done+1,None,None
         _free(self.folder, self)
@@ -498,7 +505,7 @@ class Checkpoint(StopOnNonFinite):
         if self.every and (num_distrib() > 1 or not isinstance(self.dls.train, EcgDataLoader)): raise ValueError(f'every={self.every} needs the loaders of `ecg_dls` or `wfdb_dls` and one process: '
             f'an epoch of {type(self.dls.train).__name__} cannot be entered in the middle. every=None keeps the end of each epoch')
         if not hasattr(self.learn, 'recorder'): raise ValueError('this learner has no recorder, which checkpoints need: make it with its default callbacks')
-        pack([_callback_state(cb) for cb in _deciding(self.learn)])         # now rather than after the first epoch
+        pack([_callback_state(cb) for cb in _deciding(self.learn, self.ignore)])         # now rather than after the first epoch
         names = self._names()
         if self.monitor not in names: raise ValueError(f'monitor={self.monitor!r} is not measured, only {", ".join(names)}')
 
@@ -515,7 +522,7 @@ class Checkpoint(StopOnNonFinite):
         if rank_distrib() == 0: self._write('best.safetensors', dict(model=_weights(self.learn), monitor=self.monitor, value=self.best, fit=self.n_done, epoch=self.epoch))
 
     def _save(self, epoch, batch=0):
-        state = dict(training_state(self.learn), fit=self.n_done, at=None if epoch is None else [epoch, batch], best=self.best, rows=self.rows)
+        state = dict(training_state(self.learn, self.ignore), fit=self.n_done, at=None if epoch is None else [epoch, batch], best=self.best, rows=self.rows)
         if rank_distrib(): return
         self._write(_file(self.n_done, epoch, batch), state)
         for p in _of_fit(self.folder, self.n_done)[:-self.keep]: p.unlink()
@@ -525,20 +532,21 @@ class Checkpoint(StopOnNonFinite):
         plain, tensors = pack(state)
         write_tensors(self.folder/name, tensors, format=str(FORMAT), **{k: json.dumps(v) for k,v in dict(state=plain, config=self.described, conditions=conditions()).items()})
 
-    def _go_on(self, state, config, then):
+    def _go_on(self, load, config, then):
         if said := differences(config, self.described): raise OtherRun(f'{self.folder} holds fit {self.n_done} of another run: {said}. Choose another folder, or remove this one; '
                                                                     'a fit is known by its number, so make the learner anew before you run it again')
         if odd := {k: v for k,v in conditions().items() if then.get(k) != v}: warnings.warn('training goes on, but not to the bit perhaps: ' + ', '.join(
             f'{k} was {then.get(k)} and is {v} now' for k,v in odd.items()), OtherConditions, stacklevel=2)
-        set_training_state(self.learn, state)
+        state = load()
+        set_training_state(self.learn, state, self.ignore)
         self.best,self.rows = state['best'],state['rows']
         for row in self.rows: self.learn.logger(L(row))
         if state['at'] is None:
-            self.finished = state
+            self.finished = load
             raise CancelFitException()
-        self._enter(state, *state['at'])
+        self._enter(load, *state['at'])
 
-    def _enter(self, state, epoch, batch):
+    def _enter(self, load, epoch, batch):
         "Let fastai's loop begin at `epoch` and `batch`: no callback hears of what lies before"
         learn, run = self.learn, self.learn._with_events
         def with_events(f, event_type, ex, final=noop):
@@ -546,14 +554,14 @@ class Checkpoint(StopOnNonFinite):
             learn.__dict__.pop('_with_events', None)
             run(f, event_type, ex, final)
         learn._with_events = with_events
-        if batch: learn.all_batches = partial(self._rest, state, batch)
+        if batch: learn.all_batches = partial(self._rest, load(), batch)
 
     def _rest(self, state, batch):
         learn = self.learn
         self._unhook()
         learn.n_iter = len(learn.dl)
         learn.dl.start_at(state['loaders'][0]['epoch_seed'], batch)
-        set_training_state(learn, state)                                    # again, for the epoch's beginning has run a second time
+        set_training_state(learn, state, self.ignore)                                    # again, for the epoch's beginning has run a second time
         for i,b in enumerate(learn.dl, batch): learn.one_batch(i, b)
 
     def _unhook(self):
@@ -567,7 +575,7 @@ def load_best(
     "Load the weights that were best. `ValueError` names what does not fit"
     file = Path(folder)/'best.safetensors'
     if not file.exists(): raise FileNotFoundError(f'{folder} holds no best weights: they are kept at the end of the first epoch')
-    best, here = _open(file)[0], _weights(learn)
+    best, here = _open(file)[0](), _weights(learn)
     there = best.pop('model')
     shape = lambda d: {k: list(t.shape) for k,t in d.items()}
     if said := differences(shape(there), shape(here)): raise ValueError(f'{file} has the weights of another model: {said}')

@@ -98,6 +98,57 @@ def result(learn):
 def differing(a, b): return [k for k in {**a, **b} if a.get(k) != b.get(k)]
 
 
+# ---- interrupted by an error, in one process
+
+class At(Callback):
+    "Does something at the `n`-th training batch of the first fit, or of another"
+    order, run_valid = 998, False
+    def __init__(self, n, act, fit=0): self._at, self._act, self._fit = n, act, fit
+    def after_batch(self):
+        if self.train_iter == self._at and self.learn.checkpoint.n_done == self._fit: self._act()
+
+
+class Boom(RuntimeError): pass
+def boom(): raise Boom('boom')
+
+
+def interrupted(folder, make, f, at, fit=0, **kw):
+    "A training that an error ends at batch `at`, and the learner that went on with it"
+    with pytest.raises(Boom): quiet(make([At(at, boom, fit), Checkpoint(folder, **kw)]), f)
+    return quiet(make([At(0, boom), Checkpoint(folder, **kw)]), f)
+
+
+def uninterrupted(make, f, folder, **kw): return quiet(make([At(0, boom), Checkpoint(folder, **kw)]), f)
+
+
+def same(tmp_path, make, f, at, fit=0, **kw):
+    "What differs between an uninterrupted training and one that was interrupted"
+    return differing(result(uninterrupted(make, f, tmp_path/'a', **kw)), result(interrupted(tmp_path/'b', make, f, at, fit, **kw)))
+
+
+VARIANTS = dict(
+    plain={}, batchnorm=dict(make=reader), accumulation=dict(cbs=lambda: [GradientAccumulation(12)]), clip=dict(cbs=lambda: [GradientClip(.1)]),
+    accumulation_left_over=dict(cbs=lambda: [GradientAccumulation(1000)]), early=dict(cbs=lambda: [EarlyStoppingCallback(patience=1, min_delta=9)], f=lambda l: l.fit(5, 1e-3), at=7),
+    plateau=dict(cbs=lambda: [ReduceLROnPlateau(patience=1, min_delta=9)], f=lambda l: l.fit(4, 1e-3), at=17), sgd=dict(opt_func=partial(SGD, mom=.9)), lookahead=dict(opt_func=partial(ranger, k=3)),
+    torch_adam=dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW)), train_metrics=dict(train_metrics=True, metrics=lambda pred, patches, mask: (pred - patches).abs().mean()),
+    two_fits=dict(f=lambda l: (l.fit(2, 1e-3), l.fit_one_cycle(2, 1e-3)), fit=1, at=7), freeze_after=dict(make=reader, f=lambda l: (l.unfreeze(), l.fit(1, 1e-3), l.freeze(), l.fit(2, 1e-3)), fit=1, at=7))
+
+
+@pytest.mark.parametrize('every', [1, 3, None])
+@pytest.mark.parametrize('name', VARIANTS)
+def test_interrupted_equals_uninterrupted(tmp_path, name, every):
+    v = dict(VARIANTS[name])
+    build, f, at, fit, more = v.pop('make', pretrainer), v.pop('f', FITS['fit_one_cycle']), v.pop('at', 8), v.pop('fit', 0), v.pop('cbs', list)
+    if train_metrics := v.pop('train_metrics', False): more = lambda: [TrainMetrics()]
+    assert same(tmp_path, lambda cbs: build([*more(), *cbs], **v), f, at, fit, every=every) == []
+
+
+class TrainMetrics(Callback):
+    "Measures metrics in training, too"
+    order = -20
+    def before_fit(self): self.recorder.train_metrics = True
+
+
 # ---- killed for good: every life is a forked process
 
 class Log(Callback):
@@ -216,8 +267,52 @@ def campaign(n, seed=0, kinds=tuple(FITS), workers=(0, 2)):
     return dict(kills=kills, total=sum(kills.values()), bad=bad)
 
 
+def orphans():
+    "Only the process is killed, not its workers, which hold the lock for a while: the next life waits for them"
+    folder = Path(tempfile.mkdtemp())
+    want = reference('fit', 2)
+    pid = fork(partial(live, 'fit', 2, folder))
+    while not (folder/'log').exists() or len((folder/'log').read_text().splitlines()) < 3: time.sleep(.002)
+    os.kill(pid, signal.SIGKILL)
+    code = ended(pid)
+    assert ended(fork(partial(live, 'fit', 2, folder))) == 0
+    return code, differing(want, json.loads((folder/'result').read_text()))
+
+
+def full_disk():
+    "Files of this process may not grow beyond a size: the system refuses to write on, as on a full disk"
+    folder = Path(tempfile.mkdtemp())
+
+    def until_full():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        learn = pretrainer([Checkpoint(folder/'ckpt'), At(6, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY)))])
+        try: quiet(learn, FITS['fit_one_cycle'])
+        except OSError as e: (folder/'said').write_text(f'{type(e).__name__} {e.errno} {e}')
+
+    assert ended(fork(until_full)) == 0
+    left = sorted(p.name for p in (folder/'ckpt').iterdir())
+    assert ended(fork(partial(live, 'fit_one_cycle', 0, folder))) == 0
+    return (folder/'said').read_text(), left, len((folder/'log').read_text().splitlines())
+
+
+def two_at_once():
+    "A second process that trains in the same folder is refused, and the first goes on"
+    folder = Path(tempfile.mkdtemp())
+
+    def second():
+        checkpoint.LOCK_WAIT = .1
+        try: quiet(pretrainer([Checkpoint(folder/'ckpt')]), FITS['fit'])
+        except RuntimeError as e: (folder/'said').write_text(str(e))
+
+    def first():
+        learn = pretrainer([Checkpoint(folder/'ckpt'), At(6, lambda: ended(fork(second)))])
+        (folder/'result').write_text(json.dumps(result(quiet(learn, FITS['fit']))))
+    first_code = ended(fork(first))
+    return first_code, (folder/'said').read_text(), differing(json.loads((folder/'result').read_text()), {k: v for k,v in reference('fit', 0).items()})
+
+
 if __name__ == '__main__':
-    if sys.argv[1:2] == ['orphans']: print(json.dumps(orphans()))
+    if sys.argv[1:2] and not sys.argv[1].isdigit(): print(json.dumps(dict(orphans=orphans, full_disk=full_disk, two_at_once=two_at_once)[sys.argv[1]]()))
     else:
         r = campaign(*map(int, sys.argv[1:] or [40, 0]))
         print(json.dumps(r, indent=1))
