@@ -355,6 +355,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'fastai_ecg_pma/checkpoint.py'),
                                            'fastai_ecg_pma.checkpoint._source_print': ( 'checkpoint.html#_source_print',
                                                                                         'fastai_ecg_pma/checkpoint.py'),
+                                           'fastai_ecg_pma.checkpoint._spread': ('checkpoint.html#_spread', 'fastai_ecg_pma/checkpoint.py'),
                                            'fastai_ecg_pma.checkpoint._sync': ('checkpoint.html#_sync', 'fastai_ecg_pma/checkpoint.py'),
                                            'fastai_ecg_pma.checkpoint._take': ('checkpoint.html#_take', 'fastai_ecg_pma/checkpoint.py'),
                                            'fastai_ecg_pma.checkpoint._weights': ( 'checkpoint.html#_weights',

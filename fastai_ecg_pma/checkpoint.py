@@ -274,12 +274,16 @@ def fingerprint(items):
     if isinstance(items, EcgArray): return _hash(items.records.tobytes(), items.starts.tobytes(), items.prep.as_dict(), _source_print(items.source))
     if not hasattr(items, 'shape'): return _hash(len(items), *map(repr, items))
     if getattr(items, 'dtype', None) == object: return _hash(items.shape, '\n'.join(map(repr, items.tolist())))
-    n = max(1, min(len(items), int(SAMPLE*len(items)/max(1, getattr(items, 'nbytes', 0)))))
-    return _hash(items.shape, items.dtype, *(np.ascontiguousarray(items[i]).tobytes() for i in np.linspace(0, len(items)-1, n).astype(int).tolist()))
+    return _hash(items.shape, items.dtype, *(np.ascontiguousarray(items[i]).tobytes() for i in _spread(len(items), getattr(items, 'nbytes', 0))))
+
+def _spread(n, nbytes):
+    "Numbers from 0 to `n-1`, all or evenly spaced, of items that have `nbytes` in all"
+    return np.linspace(0, n-1, max(1, min(n, int(SAMPLE*n/max(1, nbytes))))).astype(int).tolist() if n else []
 
 def _source_print(source):
     if isinstance(source, EcgCache): return source.manifest['index_crc'], _hash(*source.names)
-    return fingerprint([_hash(np.ascontiguousarray(source.record(i)).tobytes()) for i in range(len(source))])
+    of = _spread(len(source), sum(map(int, source.lengths))*source.record(0).itemsize*len(source.record(0)))
+    return _hash(source.lengths.tolist(), *(np.ascontiguousarray(source.record(i)).tobytes() for i in of))
 
 def _data(learn):
     dls, table = learn.dls, getattr(learn.dls, 'table', None)
@@ -287,7 +291,7 @@ def _data(learn):
     if protocol: out = {f'data.{k}': v for k,v in _flat(protocol.as_dict()).items() if v is not None}
     for part,dl in zip(('train', 'valid'), _loaders(learn)):
         ds = dl.dataset
-        for what,tl in zip(('signals', 'targets'), getattr(ds, 'tls', [])): out[f'data.{part} {what}'] = fingerprint(tl.items) if not protocol or isinstance(tl.items, EcgArray) else None
+        for what,tl in zip(('signals', 'targets'), getattr(ds, 'tls', [])): out[f'data.{part} {what}'] = fingerprint(tl.items)
         out[f'data.{part} records'], out[f'data.{part} split'] = len(ds), fingerprint(np.asarray(getattr(ds, 'split_idxs', range(len(ds)))))
     if (c := path_column(table)) is not None: out['data.order of the records'] = _hash(*map(repr, table[c].tolist()))
     return out
@@ -430,24 +434,25 @@ def _open(file, device='cpu'):
     return partial(unpack, json.loads(meta['state']), tensors, device), json.loads(meta['config']), json.loads(meta['conditions'])
 
 # %% ../nbs/38_checkpoint.ipynb #8f2d1c62
-_HELD = {}                              # folder: its lock, and the callback of this process that writes there
+_HELD = {}                              # (process, folder): its lock, and the callback that writes there
 
 def _take(folder, who):
     "`folder`, made if missing, for this process and in it for `who` alone"
     if folder.exists() and not folder.is_dir(): raise ValueError(f'{folder} is a file: name a folder for the checkpoints')
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _HELD[folder][0] if folder in _HELD else FileLock(folder/'lock', timeout=LOCK_WAIT)
+    key = os.getpid(), folder                           # a process that is forked inherits the dict, not the right to write
+    lock = _HELD[key][0] if key in _HELD else FileLock(folder/'lock', timeout=LOCK_WAIT)
     try:
         if not lock.is_locked: lock.acquire()
     except Timeout: raise RuntimeError(f'another process is training with checkpoints in {folder}: wait for it, or choose another folder') from None
-    _HELD[folder] = lock, who
+    _HELD[key] = lock, who
     for p in folder.glob('*.safetensors.tmp'): p.unlink()
 
 def _check_mine(folder, who):
-    if _HELD.get(folder, (None, None))[1] is not who: raise RuntimeError(f'another learner of this process has begun to train with checkpoints in {folder}: choose another folder for one of them')
+    if _HELD.get((os.getpid(), folder), (None, None))[1] is not who: raise RuntimeError(f'another learner of this process has begun to train with checkpoints in {folder}: choose another folder for one of them')
 
 def _free(folder, who):
-    if folder in _HELD and _HELD[folder][1] is who: _HELD.pop(folder)[0].release()
+    if (key := (os.getpid(), folder)) in _HELD and _HELD[key][1] is who: _HELD.pop(key)[0].release()
 
 def is_fit(learn):
     "Is it training, and neither validation, prediction nor the search for a learning rate?"
