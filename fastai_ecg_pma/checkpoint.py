@@ -344,7 +344,7 @@ def describe(learn, ignore=()):
     out = {**_data(learn), **_model(learn), **_optimiser(learn, scheduled)}
     for part,dl in zip(('train', 'valid'), _loaders(learn)): out |= _loader(part, dl)
     out |= dict(n_epoch=learn.n_epoch, n_batches=len(learn.dls.train), n_processes=max(1, num_distrib()), seed=getattr(learn, 'seed', None), metrics=[m.name for m in learn.metrics],
-                loss=[_name(learn.loss_func), settings(learn.loss_func) if isinstance(learn.loss_func, nn.Module) else {}], callbacks=[type(cb).__name__ for cb in cbs])
+                loss=[_name(learn.loss_func), {**settings(learn.loss_func), **{k: _said(v) for k,v in getattr(learn.loss_func, 'keywords', {}).items()}}], callbacks=[type(cb).__name__ for cb in cbs])
     for cb in cbs: out |= {f'{type(cb).__name__}.{k}': v for k,v in (_schedule(cb) or settings(cb)).items()}
     return json.loads(json.dumps(out, default=str))
 
@@ -475,7 +475,16 @@ class Checkpoint(StopOnNonFinite):
         self.folder,self.every,self.keep,self.monitor = Path(folder).expanduser().absolute(),every,keep,monitor
         self.comp = comp or (np.less if 'loss' in monitor or 'error' in monitor else np.greater)
         self.ignore = {c if isinstance(c, str) else c.__name__ for c in ignore}
-        self.n_done,self.best,self.rows,self.described,self.finished = 0,None,[],None,None
+        self.rows,self.described,self.finished = [],None,None
+
+    @property
+    def memory(self):
+        "On the learner, for a fit may bring a `Checkpoint` of its own: how many fits of this run are done, and the best value"
+        return vars(self.learn).setdefault('_checkpointed', {}).setdefault(self.folder, dict(n_done=0, best=None))
+    @property
+    def n_done(self): return self.memory['n_done']
+    @property
+    def best(self): return self.memory['best']
 
     def before_fit(self):
         if not is_fit(self.learn): return
@@ -484,6 +493,7 @@ class Checkpoint(StopOnNonFinite):
         if rank_distrib() == 0: _take(self.folder, self)
         self.described,self.finished,self.rows = describe(self.learn, self.ignore),None,[]
         if found := _newest(self.folder, self.n_done, next(self.model.parameters()).device): self._go_on(*found)
+        else: self._save(0)                             # a folder that cannot be written is an error now, not after the first epoch
 
     def after_batch(self):
         if self.every and is_fit(self.learn) and self.train_iter % self.every == 0 and self.learn.iter+1 < self.n_iter: self._save(self.epoch, self.learn.iter+1)
@@ -501,7 +511,8 @@ class Checkpoint(StopOnNonFinite):
         self._unhook()
         if self.finished: set_training_state(self.learn, self.finished(), self.ignore)      # whatever the others did at the end of a fit that was over
         else: self._save(None)
-        self.n_done,self.described,self.finished = self.n_done+1,None,None
+        self.memory['n_done'] += 1
+        self.described,self.finished = None,None
         _free(self.folder, self)
 
     def _check(self):
@@ -523,7 +534,7 @@ class Checkpoint(StopOnNonFinite):
         values, names = self.recorder.values[-1], self._names()
         value = values[names.index(self.monitor)] if len(values) == len(names) else None         # training or validation may have been cancelled
         if value is None or not (value == value if self.best is None else self.comp(value, self.best)): return
-        self.best = float(value)
+        self.memory['best'] = float(value)
         if rank_distrib() == 0: self._write('best.safetensors', dict(model=_weights(self.learn), monitor=self.monitor, value=self.best, fit=self.n_done, epoch=self.epoch))
 
     def _save(self, epoch, batch=0):
@@ -544,7 +555,7 @@ class Checkpoint(StopOnNonFinite):
             f'{k} was {then.get(k)} and is {v} now' for k,v in odd.items()), OtherConditions, stacklevel=2)
         state = load()
         set_training_state(self.learn, state, self.ignore)
-        self.best,self.rows = state['best'],state['rows']
+        self.memory['best'],self.rows = state['best'],state['rows']
         for row in self.rows: self.learn.logger(L(row))
         if state['at'] is None:
             self.finished = load

@@ -154,12 +154,18 @@ class TrainMetrics(Callback):
 
 
 def test_a_scaler_goes_on_with_its_scale(tmp_path):
-    assert same(tmp_path, lambda cbs: pretrainer([CpuScaler(), *cbs]), FITS['fit'], 8, every=1) == []
+    learn = interrupted(tmp_path/'a', lambda cbs: pretrainer([CpuScaler(), *cbs]), FITS['fit'], 8, every=1)
+    assert learn.cpu_scaler.seen == [2.**(2+n//3) for n in range(1, 16)]
+    assert same(tmp_path/'b', lambda cbs: pretrainer([CpuScaler(), *cbs]), FITS['fit'], 8, every=1) == []
 
 
 class CpuScaler(MixedPrecision):
     "fastai's, which knows CUDA alone, on the CPU: the scale doubles every third step"
-    def before_fit(self): self.autocast, self.learn.scaler, self.scales = torch.autocast('cpu', dtype=torch.bfloat16), torch.amp.GradScaler('cpu', init_scale=4., growth_interval=3), L()
+    def before_fit(self):
+        self.autocast, self.learn.scaler, self.scales, self.seen = torch.autocast('cpu', dtype=torch.bfloat16), torch.amp.GradScaler('cpu', init_scale=4., growth_interval=3), L(), []
+    def after_step(self):
+        super().after_step()
+        self.seen.append(self.learn.scaler.get_scale())
 
 
 def test_plain_tsai_loaders_go_on_at_the_end_of_an_epoch(tmp_path):
@@ -214,9 +220,9 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
 
 def test_best_weights_are_those_of_the_epoch_where_others_load_theirs_at_the_end(tmp_path):
     cbs = [SaveModelCallback(monitor='train_loss', comp=np.greater), EarlyStoppingCallback(monitor='train_loss', comp=np.greater, patience=2)]      # it keeps the worst, and ends the fit
-    learn = quiet(pretrainer([*cbs, Checkpoint(tmp_path/'a')], path=tmp_path), lambda l: l.fit(3, 1e-2))
+    learn = quiet(pretrainer([*cbs, Checkpoint(tmp_path/'a')], path=tmp_path), lambda l: l.fit(9, 1e-3))
     values = [v[1] for v in learn.recorder.values]
-    assert load_best(learn, tmp_path/'a')['epoch'] == np.argmin(values) == len(values)-1
+    assert len(values) == 3 and load_best(learn, tmp_path/'a')['epoch'] == np.argmin(values) == 2, values
     with learn.no_bar(): assert learn.validate()[0] == pytest.approx(min(values), abs=1e-6)
 
 
@@ -227,17 +233,17 @@ def test_weights_of_another_model_are_not_loaded(tmp_path):
 
 
 REFUSED = {
-    'train signals was': dict(dls=lambda: make_dls(scale=2)), 'train targets': dict(make=reader), 'Noise.sd was 0.1 and is 0.2 now': dict(dls=lambda: make_dls(noise=.2)),
+    'train signals was': dict(dls=lambda: make_dls(scale=2)), 'model was Dropped and is FusedModel': dict(make=reader), 'Noise.sd was 0.1 and is 0.2 now': dict(dls=lambda: make_dls(noise=.2)),
     'valid.bs was 6 and is 4 now': dict(dls=lambda: make_dls(valid_bs=4)), 'optimiser.wd was': dict(wd=.2), 'optimiser.lr was': dict(f=lambda l: l.fit(3, 2e-3)),
-    'ParamScheduler.lr was': dict(f=lambda l: l.fit_one_cycle(3, 1e-3)), 'loss was': dict(loss_func=lambda pred, patches, mask: masked_mse(pred, patches, mask)),
-    "callbacks was": dict(cbs=[GradientClip()]), 'seed was None and is 3 now': dict(seed_attr=3), 'print was .*Dropout': dict(drop=.2), 'n_epoch was 3 and is 4 now': dict(f=lambda l: l.fit(4, 1e-3)),
+    r'ParamScheduler.lr was \[': dict(base=FITS['fit_flat_cos'], f=lambda l: l.fit_flat_cos(3, 1e-3, pct_start=.5)), "callbacks was .*, 'ParamScheduler'. now": dict(f=FITS['fit_flat_cos']), 'loss was': dict(loss_func=lambda pred, patches, mask: masked_mse(pred, patches, mask)),
+    "callbacks was": dict(cbs=[GradientClip()]), 'seed was absent and is 3 now': dict(seed_attr=3), 'print was .*Dropout': dict(drop=.2), "loss was \\['masked_mse', {'standardize': True}\\] and is \\['masked_mse', {'standardize': False}\\] now": dict(base_loss=partial(masked_mse, standardize=True), loss_func=partial(masked_mse, standardize=False)), 'n_epoch was 3 and is 4 now': dict(f=lambda l: l.fit(4, 1e-3)),
     'model.*trained and is .*now': dict(freeze=True)}
 
 
 @pytest.mark.parametrize('said', REFUSED)
 def test_another_run_is_refused_by_name(tmp_path, said):
     v = dict(REFUSED[said])
-    uninterrupted(pretrainer, FITS['fit'], tmp_path/'a')
+    uninterrupted(partial(pretrainer, loss_func=v.pop('base_loss', masked_mse)), v.pop('base', FITS['fit']), tmp_path/'a')
     before = {p: p.read_bytes() for p in (tmp_path/'a').glob('*.safetensors')}
     f, build, drop, seed, freeze = v.pop('f', FITS['fit']), v.pop('make', pretrainer), v.pop('drop', None), v.pop('seed_attr', None), v.pop('freeze', False)
     if 'dls' in v: v['dls'] = v['dls']()
@@ -247,6 +253,53 @@ def test_another_run_is_refused_by_name(tmp_path, said):
     if freeze: next(learn.model.parameters()).requires_grad_(False)
     with pytest.raises(OtherRun, match=said): quiet(learn, f)
     assert {p: p.read_bytes() for p in (tmp_path/'a').glob('*.safetensors')} == before
+
+
+def test_a_file_is_synced_before_it_has_its_name_and_the_folder_after(tmp_path, monkeypatch):
+    calls = []
+    class Os:
+        def __getattr__(self, k): return getattr(os, k)
+        def fsync(self, fd): calls.append(('fsync', Path(os.readlink(f'/proc/self/fd/{fd}')).name, os.fstat(fd).st_size)); os.fsync(fd)
+        def replace(self, a, b): calls.append(('replace', Path(a).name, Path(b).name)); os.replace(a, b)
+    monkeypatch.setattr(checkpoint, 'os', Os())
+    checkpoint.write_tensors(tmp_path/'x.safetensors', dict(a=torch.zeros(9)))
+    assert [c[:2] for c in calls] == [('fsync', 'x.safetensors.tmp'), ('replace', 'x.safetensors.tmp'), ('fsync', tmp_path.name)]
+    assert calls[0][2] == (tmp_path/'x.safetensors').stat().st_size                # all of it was handed to the system before
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path):
+    (tmp_path/'a').mkdir()
+    for n in ('fit0-epoch000001-batch000000000.safetensors.tmp', 'best.safetensors.tmp', 'mine.txt'): (tmp_path/'a'/n).write_text('x')
+    uninterrupted(pretrainer, FITS['fit'], tmp_path/'a')
+    assert not list((tmp_path/'a').glob('*.tmp')) and (tmp_path/'a'/'mine.txt').exists()
+
+
+class Buffers(Callback):
+    "A buffer that no state dict has, and the forward pass reads"
+    order, run_valid = 30, False
+    def before_batch(self): self.learn.xb = (self.xb[0]*(1 + .01*self.model.calls), *self.xb[1:]); self.model.calls += 1
+
+
+def test_buffers_that_a_state_dict_leaves_out(tmp_path):
+    def build(cbs):
+        learn = pretrainer([Buffers(), *cbs])
+        learn.model.register_buffer('calls', torch.zeros(()), persistent=False)
+        return learn
+    assert 'calls' not in build([]).model.state_dict() and same(tmp_path, build, FITS['fit'], 8, every=3) == []
+
+
+def test_fits_are_counted_by_learner_where_each_brings_its_own(tmp_path):
+    def f(learn):
+        for rate in (1e-3, 1e-3): learn.fit(2, rate, cbs=[Checkpoint(tmp_path/'a', every=2), Log(tmp_path/'log')])
+    want = result(quiet(pretrainer(), f))
+    assert len((tmp_path/'log').read_text().splitlines()) == 20
+    assert differing(want, result(quiet(pretrainer(), f))) == [] and len((tmp_path/'log').read_text().splitlines()) == 20
+
+
+def test_interrupted_before_the_first_epoch_is_over(tmp_path):
+    "The weights that a run without a seed began with are kept from the start"
+    with pytest.raises(Boom): quiet(pretrainer([At(2, boom), Checkpoint(tmp_path/'a')]), FITS['fit'])
+    assert differing(result(uninterrupted(pretrainer, FITS['fit'], tmp_path/'b')), result(uninterrupted(partial(pretrainer, seed=7), FITS['fit'], tmp_path/'a'))) == []
 
 
 def test_other_workers_are_the_same_run(tmp_path):
