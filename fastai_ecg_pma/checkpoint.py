@@ -390,7 +390,8 @@ class StopOnNonFinite(Callback):
     def before_step(self):
         grads, scaler = [p.grad for p in self.model.parameters() if p.grad is not None], getattr(self.learn, 'scaler', None)
         if not grads or scaler and scaler.is_enabled(): return
-        if not torch.isfinite(most := torch.stack([n.float() for n in torch._foreach_norm(grads, math.inf)])).all(): self._stop('gradient', most.max().item())
+        if torch.isfinite(sum(n.float() for n in torch._foreach_norm(grads))): return               # quick; a norm may overflow where no number does
+        if odd := [g[~torch.isfinite(g)] for g in grads if not torch.isfinite(g).all()]: self._stop('gradient', odd[0][0].item())
 
     def _stop(self, what, value):
         for b,old in self._stats: b.copy_(old)
@@ -570,6 +571,7 @@ class Checkpoint(StopOnNonFinite):
             learn.__dict__.pop('_with_events', None)
             run(f, event_type, ex, final)
         learn._with_events = with_events
+        if bar := getattr(getattr(learn, 'progress', None), 'mbar', None): bar.update(0)         # it counts from its first epoch
         if batch: learn.all_batches = partial(self._rest, load(), batch)
 
     def _rest(self, state, batch):
