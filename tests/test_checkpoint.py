@@ -20,6 +20,7 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.data.core import DataLoaders, TfmdDL
 from fastai.optimizer import OptimWrapper, SGD, ranger
 from fastai.torch_core import set_seed
 from fastcore.foundation import L
@@ -135,6 +136,7 @@ VARIANTS = dict(
     accumulation_left_over=dict(cbs=lambda: [GradientAccumulation(1000)]), early=dict(cbs=lambda: [EarlyStoppingCallback(patience=1, min_delta=9)], f=lambda l: l.fit(5, 1e-3), at=7),
     plateau=dict(cbs=lambda: [ReduceLROnPlateau(patience=1, min_delta=9)], f=lambda l: l.fit(4, 1e-3), at=17), sgd=dict(opt_func=partial(SGD, mom=.9)), lookahead=dict(opt_func=partial(ranger, k=3)),
     torch_adam=dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW)), train_metrics=dict(train_metrics=True, metrics=lambda pred, patches, mask: (pred - patches).abs().mean()),
+    freezes=dict(cbs=lambda: [Freezes()], at=13),
     two_fits=dict(f=lambda l: (l.fit(2, 1e-3), l.fit_one_cycle(2, 1e-3)), fit=1, at=7), freeze_after=dict(make=reader, f=lambda l: (l.unfreeze(), l.fit(1, 1e-3), l.freeze(), l.fit(2, 1e-3)), fit=1, at=7))
 
 
@@ -145,6 +147,13 @@ def test_interrupted_equals_uninterrupted(tmp_path, name, every):
     build, f, at, fit, more = v.pop('make', pretrainer), v.pop('f', FITS['fit_one_cycle']), v.pop('at', 8), v.pop('fit', 0), v.pop('cbs', list)
     if train_metrics := v.pop('train_metrics', False): more = lambda: [TrainMetrics()]
     assert same(tmp_path, lambda cbs: build([*more(), *cbs], **v), f, at, fit, every=every) == []
+
+
+class Freezes(Callback):
+    "Freezes a parameter in the middle of a fit"
+    order = 30
+    def before_epoch(self):
+        if self.epoch == 1: next(self.model.parameters()).requires_grad_(False)
 
 
 class TrainMetrics(Callback):
@@ -168,8 +177,15 @@ class CpuScaler(MixedPrecision):
         self.seen.append(self.learn.scaler.get_scale())
 
 
-def test_plain_tsai_loaders_go_on_at_the_end_of_an_epoch(tmp_path):
-    def build(cbs): return pretrainer(cbs, dls=get_ts_dls(np.random.default_rng(0).standard_normal((20, 12, 100)).astype(np.float32), splits=(list(range(16)), list(range(16, 20))), bs=4))
+def tsai_loaders(x): return get_ts_dls(x, splits=(list(range(16)), list(range(16, 20))), bs=4)
+def fastai_loaders(x): return DataLoaders(*(TfmdDL([(torch.from_numpy(r),) for r in part], bs=4, shuffle=len(part) > 4, num_workers=0) for part in (x[:16], x[16:])))
+
+
+@pytest.mark.parametrize('loaders', [tsai_loaders, fastai_loaders])
+def test_other_loaders_go_on_at_the_end_of_an_epoch(tmp_path, loaders):
+    def build(cbs):
+        set_seed(0)
+        return pretrainer(cbs, dls=loaders(np.random.default_rng(0).standard_normal((20, 12, 100)).astype(np.float32)))
     assert same(tmp_path, build, FITS['fit_one_cycle'], 7) == []
     with pytest.raises(ValueError, match='every=2 needs the loaders of `ecg_dls` or `wfdb_dls`'): quiet(build([Checkpoint(tmp_path/'c', every=2)]), FITS['fit'])
 
