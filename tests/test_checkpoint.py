@@ -210,6 +210,16 @@ def test_what_a_script_does_between_fits_sees_the_right_weights(tmp_path):
     assert differing(*seen) == []
 
 
+def test_what_others_load_at_the_end_of_a_fit_that_is_passed_over_does_not_count(tmp_path):
+    seen = []
+    def f(learn):
+        for rate in (1e-3, 2e-3):                                                   # the second fit writes over the file that the first one's callback loads
+            learn.fit(2, rate, cbs=SaveModelCallback())
+            seen.append(result(learn))
+    for _ in range(2): uninterrupted(partial(pretrainer, path=tmp_path), f, tmp_path/'a')
+    assert differing(seen[0], seen[2]) == [] and differing(seen[1], seen[3]) == [] and differing(seen[0], seen[1]) != []
+
+
 def test_the_same_learner_goes_on_after_an_interruption(tmp_path):
     want = result(uninterrupted(pretrainer, FITS['fit_one_cycle'], tmp_path/'a', every=2))
     learn = pretrainer([At(9, boom), Checkpoint(tmp_path/'b', every=2)])
