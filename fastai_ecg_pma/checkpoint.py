@@ -377,7 +377,7 @@ def batch_records(learn):
 
 class StopOnNonFinite(Callback):
     "Stop before a step on a loss or a gradient that is NaN or infinite, and say which records were in the batch"
-    order, run_valid = 1000, False                      # after all that changes loss and gradients
+    order, run_valid = 1000, False                      # after all that changes loss and gradients, and a `GradScaler`, which skips such steps itself
     def before_train(self):
         norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
         self._kept, self._stats = [b for m in norms for b in m.buffers()], []
@@ -388,9 +388,8 @@ class StopOnNonFinite(Callback):
         if not torch.isfinite(self.loss).all(): self._stop('loss', self.loss.mean().item())
 
     def before_step(self):
-        grads, scaler = [p.grad for p in self.model.parameters() if p.grad is not None], getattr(self.learn, 'scaler', None)
-        if not grads or scaler and scaler.is_enabled(): return
-        if torch.isfinite(sum(n.float() for n in torch._foreach_norm(grads))): return               # quick; a norm may overflow where no number does
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if not grads or torch.isfinite(sum(n.float() for n in torch._foreach_norm(grads))): return               # quick; a norm may overflow where no number does
         if odd := [g[~torch.isfinite(g)] for g in grads if not torch.isfinite(g).all()]: self._stop('gradient', odd[0][0].item())
 
     def _stop(self, what, value):

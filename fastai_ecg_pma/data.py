@@ -77,7 +77,7 @@ class EcgDataLoader(TSDataLoader):
 
     def randomize(self):
         super().randomize()
-        self.epoch_seed, self.first = self._go_on or (int(np.random.randint(2**63-1)), 0)
+        self.epoch_seed, self.first = self._go_on or (int(np.random.randint(2**63-1, dtype=np.int64)), 0)
         self._go_on, self.fake_l.generator = None, torch.Generator().manual_seed(self.epoch_seed)     # torch seeds its workers by it, not by the global generator
 
     def get_idxs(self):

@@ -295,7 +295,7 @@ def test_a_file_is_synced_before_it_has_its_name_and_the_folder_after(tmp_path, 
 
 def test_what_a_killed_process_left_is_cleared(tmp_path):
     (tmp_path/'a').mkdir()
-    for n in ('fit0-epoch000001-batch000000000.safetensors.tmp', 'best.safetensors.tmp', 'mine.txt'): (tmp_path/'a'/n).write_text('x')
+    for n in ('fit0-epoch000777-batch000000000.safetensors.tmp', 'mine.txt'): (tmp_path/'a'/n).write_text('x')
     uninterrupted(pretrainer, FITS['fit'], tmp_path/'a')
     assert not list((tmp_path/'a').glob('*.tmp')) and (tmp_path/'a'/'mine.txt').exists()
 
