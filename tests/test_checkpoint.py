@@ -328,6 +328,15 @@ def test_interrupted_before_the_first_epoch_is_over(tmp_path):
     assert differing(result(uninterrupted(pretrainer, FITS['fit'], tmp_path/'b')), result(uninterrupted(partial(pretrainer, seed=7), FITS['fit'], tmp_path/'a'))) == []
 
 
+@pytest.mark.parametrize('damage', [lambda b: b[:-1], lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:], lambda b: b''])
+def test_a_damaged_checkpoint_in_the_middle_of_a_fit(tmp_path, damage):
+    with pytest.raises(Boom): quiet(pretrainer([At(9, boom), Checkpoint(tmp_path/'a', every=2)]), FITS['fit'])
+    *_, before, last = sorted((tmp_path/'a').glob('fit0-*.safetensors'))
+    last.write_bytes(damage(last.read_bytes()))
+    with pytest.warns(FellBack, match=f'{last.name} is damaged.*goes on from the one before, {before.name}'): got = uninterrupted(pretrainer, FITS['fit'], tmp_path/'a', every=2)
+    assert differing(result(uninterrupted(pretrainer, FITS['fit'], tmp_path/'b')), result(got)) == []
+
+
 def test_other_workers_are_the_same_run(tmp_path):
     want = result(uninterrupted(pretrainer, FITS['fit'], tmp_path/'a', every=2))
     with pytest.raises(Boom): quiet(pretrainer([At(8, boom), Checkpoint(tmp_path/'b', every=2)], n_workers=1), FITS['fit'])
