@@ -12,13 +12,16 @@ from copy import copy
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
+from fastai.data.core import TfmdDL
 from fastai.data.load import DataLoader
-from fastai.distributed import DistributedDL, DistributedTrainer
 from fastai.metrics import AccumMetric
 from fastai.torch_core import apply, maybe_gather, num_distrib, to_detach, to_float
 from fastcore.foundation import L
 from torch.amp import GradScaler, autocast
 from torch.utils.checkpoint import checkpoint
+
+try: from fastai.distributed import DistributedDL           # it adds distrib_ctx to Learner
+except NameError: DistributedDL = TfmdDL                    # how fastai says that accelerate is not installed: then there is no distrib_ctx
 
 from .blocks import block_lists, find_blocks
 
@@ -61,7 +64,7 @@ class ShareDL(DistributedDL):
 # %% ../nbs/39_scale.ipynb #b1df58dc
 class AsOneProcess(Callback):
     "Under `learn.distrib_ctx()` several processes train, validate and predict as one with all their batches would. In one process it does nothing"
-    order = DistributedTrainer.order - 0.5                      # which leaves our loaders as they are; after GatherPredsCallback (0), before Recorder (50)
+    order = 10.5                                                # before DistributedTrainer (11), which leaves our loaders as they are; after GatherPredsCallback (0)
     def before_fit(self):
         if self.several and not torch.distributed.is_initialized(): raise ValueError(f'accelerate has not joined {num_distrib()} processes: '
             'without a GPU start them with ACCELERATE_USE_CPU=true, and a single one without torchrun')
@@ -82,7 +85,8 @@ class AsOneProcess(Callback):
         if not self.several: return
         if hasattr(self.learn, 'recorder'): gather_metrics(self.recorder._valid_mets, self.device)
         if cb := getattr(self.learn, 'gather_preds', None):
-            for name in {'inputs','preds','targets','losses'} & set(vars(cb)): setattr(cb, name, apply(gather_rows, getattr(cb, name), self.device))
+            for name in ('inputs','preds','targets','losses'):                      # in one order in all processes
+                if name in vars(cb): setattr(cb, name, apply(gather_rows, getattr(cb, name), self.device))
 
     @property
     def several(self): return hasattr(self.learn, 'distributed_trainer')

@@ -28,6 +28,7 @@ from fastai_ecg_pma.metrics import MacroAUROC
 from fastai_ecg_pma.ptbxl import ptbxl_dls
 from fastai_ecg_pma.scale import Accumulate, AsOneProcess
 from fastai_ecg_pma.synth import synth_ptbxl
+from fastai_ecg_pma.tune import AuditTrainable, FixFrozenBackbone
 from fastai_ecg_pma.vit1d import ViT1d
 
 N_RANKS = 2
@@ -47,7 +48,7 @@ def weights(learn): return {k: v.clone() for k,v in learn.model.state_dict().ite
 
 def the_script(folder, out, script):
     "The page's script, started as a shell would"
-    was, sys.argv = sys.argv, [script, str(folder), str(out), '2', '8']
+    was, sys.argv = sys.argv, [script, str(folder), str(out), '2', '16']
     try: learn = runpy.run_path(script, run_name='__main__')['learn']
     finally: sys.argv = was
     return dict(curve(learn), weights=weights(learn))
@@ -65,6 +66,7 @@ def read_out(folder, out, bs=4):
     "A read-out with metrics of both kinds, validated and asked for predictions, outside of `fit` too"
     learn = pma_learner(ptbxl_dls(folder, bs=bs//n_ranks()), small(), Static, head=linear_head, seed=1, cbs=AsOneProcess(),
                         metrics=[MacroAUROC(), accuracy_multi], path=Path(out)/f'rank{rank_distrib()}', opt_func=partial(SGD, mom=.9))
+    learn.remove_cbs([FixFrozenBackbone, AuditTrainable])                           # they do not see through DistributedDataParallel
     learn.unfreeze()
     before = list(learn.dls.loaders), [type(c) for c in learn.cbs], learn.loss_func
     with learn.distrib_ctx(sync_bn=False), learn.no_bar(), learn.no_logging():
@@ -111,7 +113,7 @@ def ranks(root, folder, script, out):
     cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(N_RANKS), __file__, str(folder), str(out), script]
     r = subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=400)
     assert r.returncode == 0, r.stderr[-6000:]
-    return [dict(torch.load(out/f'results{i}.pt'), printed=r.stdout) for i in range(N_RANKS)]
+    return [dict(torch.load(out/f'results{i}.pt', weights_only=False), printed=r.stdout) for i in range(N_RANKS)]
 
 def near(a, b, atol=1e-5): np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=atol)
 
