@@ -38,7 +38,7 @@ from fastai_ecg_pma.masking import masked_mse, patchify, per_lead, recorded, uni
 from fastai_ecg_pma.sdpa import use_sdpa
 from fastai_ecg_pma.vit1d import VIT_SIZES, Attention, ViT1d
 from gate import now, turns
-from sdpa import Path as _, resident
+from sdpa import resident
 
 N_LEADS,RATIO = 12,0.75
 PARTS = 'peak', 'mvp', 'stmem', 'memory', 'length'
@@ -117,21 +117,24 @@ def stepper(model, loss, device, cast=nullcontext):
     "A function that takes one training step and returns its seconds"
     opt = Adam(model.train().parameters(), lr=1e-4, mom=0.9, sqr_mom=0.95, wd=0.01)
     def step():
-        start = now(device)
+        t = [now(device)]
         with cast(): l = loss()
-        l.backward()
-        opt.step(); opt.zero_grad()
-        return now(device) - start
+        t.append(now(device)); l.backward()
+        t.append(now(device)); opt.step(); opt.zero_grad()
+        t.append(now(device))
+        step.parts = [b-a for a,b in zip(t, t[1:])]                     # forward, backward, optimizer
+        return t[-1] - t[0]
     return step
 
 def records(bs, seq_len, device): return torch.randn(bs, N_LEADS, seq_len, device=device)
 
-def both(a, b, n):
-    "`n` turns of two steps after one that is not counted: median ms of each, and how many times faster `a` is: median, lowest, highest"
-    for s in (a,b): s()
-    t = turns(dict(a=a, b=b), n)
-    r = [i['b']/i['a'] for i in t]
-    return dict(ms=1000*median(i['a'] for i in t), other_ms=1000*median(i['b'] for i in t), times=median(r), low=min(r), high=max(r))
+def spread(name, v): return {name: median(v), f'{name}_low': min(v), f'{name}_high': max(v)}
+
+def against(steps, n):
+    "`n` turns after one that is not counted. For all but the first, by name: median ms of the first and of it, and how many times faster the first is"
+    for s in steps.values(): s()
+    t,(first,*others) = turns(steps, n),steps
+    return {o: dict(turns=n, ms=1000*median(i[first] for i in t), other_ms=1000*median(i[o] for i in t), **spread('times', [i[o]/i[first] for i in t])) for o in others}
 
 # the work
 def work(size, seq_len, ps, bs):
@@ -154,3 +157,111 @@ def square(n, device, dtype):
             start = now(device); a @ b; times.append(now(device) - start)
         return 2*n**3/min(times)
     return best
+
+# tables
+class Table:
+    "Lines on the screen and in a csv file, each as soon as it is there"
+    def __init__(self, args, name): self.path,self.args,self.fresh = Path(args.out)/f'pretrain_{name}.csv',args,True
+    def line(self, **row):
+        run = dict(device=self.args.device, threads=self.args.threads, torch=torch.__version__, cpu=torch.backends.cpu.get_cpu_capability(), load=round(os.getloadavg()[0], 2))
+        row = {k: float(f'{v:.5g}') if isinstance(v, float) else v for k,v in {**row, **run}.items()}
+        with self.path.open('w' if self.fresh else 'a', newline='') as f:
+            w = csv.DictWriter(f, row, lineterminator='\n')
+            if self.fresh: w.writeheader()
+            w.writerow(row)
+        if self.fresh: print(f'\n{self.path.stem}\n' + ''.join(f'{k:>12}' for k in row if k not in run), flush=True)
+        print(''.join(f'{v:>12.4g}' if isinstance(v, float) else f'{v:>12}' for k,v in row.items() if k not in run), flush=True)
+        self.fresh = False
+
+def shape(size, seq_len, ps, bs):
+    n = seq_len//ps
+    return dict(size=size, seq_len=seq_len, ps=ps, tokens=N_LEADS*(n+2), visible=N_LEADS*(int(n*(1-RATIO))+2), bs=bs)
+
+# parts
+def casts(device):
+    "Ways to compute: name, dtype of the matmul that sets the peak, context, whether to compile"
+    yield 'float32', torch.float32, nullcontext, False
+    if device.type == 'cuda':
+        half = partial(torch.autocast, 'cuda', torch.bfloat16)
+        yield 'bfloat16', torch.bfloat16, half, False
+        yield 'bfloat16, compiled', torch.bfloat16, half, True
+
+def peak(args, device):
+    table = Table(args, 'peak')
+    for bs in args.bs:
+        x,flops = records(bs, 1000, device),3*work(args.size, 1000, 50, bs)
+        if (found := 3*counted(make(args.size, 1000, 50, device), x)) != flops: raise AssertionError(f'FlopCounterMode counts {found:,}, the formula says {flops:,}')
+        for name,dtype,cast,fast in casts(device):
+            mae = make(args.size, 1000, 50, device)
+            step = stepper(mae, partial(torch.compile(ours) if fast else ours, mae, x), device, cast)
+            squares = [square(n*(4 if device.type == 'cuda' else 1), device, dtype) for n in SQUARES]
+            step(); step()
+            t = [(max(s() for s in squares), step(), step.parts) for _ in range(args.turns)]
+            table.line(**shape(args.size, 1000, 50, bs), dtype=name, turns=args.turns, gflop=flops/1e9, ms=1000*median(s for _,s,_ in t), records_s=bs/median(s for _,s,_ in t),
+                       peak_gflops=median(p for p,_,_ in t)/1e9, **spread('share', [flops/s/p for p,s,_ in t]),
+                       **{k: median(v[i]/s for _,s,v in t) for i,k in enumerate(('forward', 'backward', 'optimizer'))})
+
+def versus_mvp(args, device):
+    table = Table(args, 'mvp')
+    for size,seq_len,ps,bs in ((args.size, 1000, 50, 1), (args.size, 1000, 50, 4), (args.size, 2250, 75, 2), ('base', 2250, 75, 2)):
+        mae,s = make(size, seq_len, ps, device),shape(size, seq_len, ps, bs)
+        steps = {'ours': stepper(mae, partial(ours, mae, records(bs, seq_len, device)), device)}
+        for sdpa in (False, True): steps['MVP, SDPA' if sdpa else 'MVP'] = stepper(*mvp(size, s['tokens'], bs, device, sdpa), device)
+        for other,row in against(steps, args.turns).items(): table.line(**s, against=other, **row)
+
+def versus_stmem(args, device):
+    table = Table(args, 'stmem')
+    for bs in args.bs:
+        mae,x = make(args.size, 1000, 50, device),records(bs, 1000, device)
+        plain = plainly(mae)
+        check_same(mae, plain, x)
+        steps = {'ours': stepper(mae, partial(ours, mae, x), device), 'plain': stepper(plain, partial(stmem, plain, x), device)}
+        for other,row in against(steps, args.turns).items(): table.line(**shape(args.size, 1000, 50, bs), against=other, **row)
+
+KINDS = {'ours': lambda mae, x: (mae, partial(ours, mae, x)), 'plain': lambda mae, x: (m := plainly(mae), partial(stmem, m, x))}
+
+def extra_memory(kind, size, seq_len, bs):
+    "MB of one training step in this process, over what was resident before it"
+    device = torch.device('cpu')
+    step = stepper(*KINDS[kind](make(size, seq_len, 50, device), records(bs, seq_len, device)), device)
+    before = resident('VmRSS')
+    Path('/proc/self/clear_refs').write_text('5')                       # forget the peak so far
+    step()
+    return resident('VmHWM') - before
+
+def memory(args, device):
+    table = Table(args, 'memory')
+    for seq_len,bs in dict.fromkeys([*((1000, b) for b in args.bs), *((s, 4) for s in args.lengths)]):
+        for kind in KINDS:
+            cmd = [sys.executable, __file__, '--threads', str(args.threads), '--memory', kind, args.size, str(seq_len), str(bs)]
+            mb = float(subprocess.run(cmd, stdout=subprocess.PIPE, text=True, check=True).stdout)
+            table.line(**shape(args.size, seq_len, 50, bs), model=kind, mb=mb)
+
+def length(args, device):
+    table,bs = Table(args, 'length'),2
+    for seq_len in args.lengths:
+        mae,x = make(args.size, seq_len, 50, device),records(bs, seq_len, device)
+        step = stepper(mae, partial(ours, mae, x), device)
+        step()
+        t = [1000*step()/bs for _ in range(args.turns)]
+        table.line(**shape(args.size, seq_len, 50, bs), turns=args.turns, **spread('ms_a_record', t))
+
+if __name__ == '__main__':
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument('--threads', type=int, default=1)
+    p.add_argument('--turns', type=int, default=5)
+    p.add_argument('--only', nargs='+', choices=PARTS, default=PARTS)
+    p.add_argument('--size', choices=VIT_SIZES, default='small')
+    p.add_argument('--bs', type=int, nargs='+', default=[1, 4, 16])
+    p.add_argument('--lengths', type=int, nargs='+', default=[1000, 2500, 5000, 10000])
+    p.add_argument('--device', default='cpu')
+    p.add_argument('--out', default=str(Path(__file__).parent/'results'))
+    p.add_argument('--memory', nargs=4, help=argparse.SUPPRESS)
+    args = p.parse_args()
+    torch.set_num_threads(args.threads); torch.manual_seed(0)
+    if args.memory: print(extra_memory(*args.memory[:2], *map(int, args.memory[2:]))); sys.exit()
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    print(f'one pretraining step, {N_LEADS} leads, {RATIO:.0%} hidden, {args.device}, {args.threads} thread(s), {args.turns} turns, torch {torch.__version__}, '
+          f'{torch.backends.cpu.get_cpu_capability()}')
+    run = dict(zip(PARTS, (peak, versus_mvp, versus_stmem, memory, length)))
+    for part in args.only: run[part](args, torch.device(args.device))
