@@ -9,6 +9,7 @@ mvp     Ours against tsai's masked pretraining, on TSiTPlus of the same width, d
         cannot pretrain a model of patch tokens at all. It gets what it can work on: a record of as many time steps as ours has tokens (visible, hidden and separators; 264
         for 1,000 samples in patches of 50), one token a step. So both see the same number of tokens, of the same width, in as many layers; ours encodes the
         visible ones and has a decoder besides, MVP encodes all. Mask, loss and head are MVP's own code. 'SDPA': the same with tsai's attention replaced by `use_sdpa`.
+        The decoder is ST-MEM's, or the light one that `pretrain_learner` gives to encoders at most 128 wide. 'work' is what the FLOPs alone make of it.
 stmem   Ours against the published algorithm written plainly: leads joined and decoded one after the other in a Python loop, attention by matmul and softmax. Linear layers,
         norms and weights are the same, and the losses are compared before the clock starts.
 peak    Share of the matmul peak that a step reaches. The peak is that of the same turn: the best of square float32 matmuls of several sizes, right before the step.
@@ -33,6 +34,7 @@ from fastai.optimizer import Adam
 from torch.utils.flop_counter import FlopCounterMode
 from tsai.callback.MVP import MVP
 from tsai.models.TSiTPlus import TSiTPlus
+from fastai_ecg_pma.learner import LIGHT_DECODER
 from fastai_ecg_pma.mae import MAE
 from fastai_ecg_pma.masking import masked_mse, patchify, per_lead, recorded, uniform
 from fastai_ecg_pma.sdpa import use_sdpa
@@ -42,6 +44,8 @@ from sdpa import resident
 
 N_LEADS,RATIO = 12,0.75
 PARTS = 'peak', 'mvp', 'stmem', 'memory', 'length'
+DECODERS = {'ST-MEM': {}, 'light': LIGHT_DECODER}
+MVP_CASES = ('tiny', 1000, 50, 4, 'light'), ('small', 1000, 50, 1, 'ST-MEM'), ('small', 1000, 50, 4, 'ST-MEM'), ('small', 1000, 50, 4, 'light'), ('base', 2250, 75, 2, 'ST-MEM')
 SQUARES = 512, 1024, 2048                                               # of matmuls on a CPU; on a GPU 4 times as large
 
 # ours
@@ -51,7 +55,7 @@ def ours(mae, x):
     hidden = per_lead(uniform(len(x), x.device), was, RATIO)
     return masked_mse(mae(x, hidden), patchify(x, mae.ps), hidden & was)
 
-def make(size, seq_len, ps, device): return MAE(ViT1d(seq_len, ps, **VIT_SIZES[size])).to(device)
+def make(size, seq_len, ps, device, decoder='ST-MEM'): return MAE(ViT1d(seq_len, ps, **VIT_SIZES[size]), **DECODERS[decoder]).to(device)
 
 # ST-MEM written plainly
 class PlainAttention(Attention):
@@ -145,8 +149,8 @@ def work(size, seq_len, ps, bs):
     def blocks(d, inner, n_layers, n_tokens, n_seen): return n_layers*n_tokens*(2*(4*d*inner + 8*d*d) + 4*n_seen*inner)
     return bs*(2*N_LEADS*n*ps*d + blocks(d, inner, L, visible, visible) + 2*visible*d*256 + blocks(256, 256, 4, full, n+2) + 2*N_LEADS*n*256*ps)
 
-def counted(mae, x):
-    with FlopCounterMode(display=False) as f: ours(mae, x)
+def counted(loss):
+    with FlopCounterMode(display=False) as f: loss()
     return f.get_total_flops()
 
 def square(n, device, dtype):
@@ -190,7 +194,7 @@ def peak(args, device):
     table = Table(args, 'peak')
     for bs in args.bs:
         x,flops = records(bs, 1000, device),3*work(args.size, 1000, 50, bs)
-        if (found := 3*counted(make(args.size, 1000, 50, device), x)) != flops: raise AssertionError(f'FlopCounterMode counts {found:,}, the formula says {flops:,}')
+        if (found := 3*counted(partial(ours, make(args.size, 1000, 50, device), x))) != flops: raise AssertionError(f'FlopCounterMode counts {found:,}, the formula says {flops:,}')
         for name,dtype,cast,fast in casts(device):
             mae = make(args.size, 1000, 50, device)
             step = stepper(mae, partial(torch.compile(ours) if fast else ours, mae, x), device, cast)
@@ -203,11 +207,12 @@ def peak(args, device):
 
 def versus_mvp(args, device):
     table = Table(args, 'mvp')
-    for size,seq_len,ps,bs in ((args.size, 1000, 50, 1), (args.size, 1000, 50, 4), (args.size, 2250, 75, 2), ('base', 2250, 75, 2)):
-        mae,s = make(size, seq_len, ps, device),shape(size, seq_len, ps, bs)
-        steps = {'ours': stepper(mae, partial(ours, mae, records(bs, seq_len, device)), device)}
-        for sdpa in (False, True): steps['MVP, SDPA' if sdpa else 'MVP'] = stepper(*mvp(size, s['tokens'], bs, device, sdpa), device)
-        for other,row in against(steps, args.turns).items(): table.line(**s, against=other, **row)
+    for size,seq_len,ps,bs,decoder in MVP_CASES:
+        s,mae = shape(size, seq_len, ps, bs),make(size, seq_len, ps, device, decoder)
+        models = {'ours': (mae, partial(ours, mae, records(bs, seq_len, device))), **{n: mvp(size, s['tokens'], bs, device, sdpa) for n,sdpa in (('MVP', False), ('MVP, SDPA', True))}}
+        flops = {n: counted(loss) for n,(_,loss) in models.items()}
+        for other,row in against({n: stepper(*m, device) for n,m in models.items()}, args.turns).items():
+            table.line(**s, decoder=decoder, against=other, **row, work=flops[other]/flops['ours'])
 
 def versus_stmem(args, device):
     table = Table(args, 'stmem')
