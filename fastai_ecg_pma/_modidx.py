@@ -925,6 +925,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'fastai_ecg_pma/scale.py'),
                                       'fastai_ecg_pma.scale.ShareDL.get_idxs': ('scale.html#sharedl.get_idxs', 'fastai_ecg_pma/scale.py'),
                                       'fastai_ecg_pma.scale.ShareDL.new': ('scale.html#sharedl.new', 'fastai_ecg_pma/scale.py'),
+                                      'fastai_ecg_pma.scale.ShareDL.randomize': ('scale.html#sharedl.randomize', 'fastai_ecg_pma/scale.py'),
                                       'fastai_ecg_pma.scale.ShareDL.to_detach': ('scale.html#sharedl.to_detach', 'fastai_ecg_pma/scale.py'),
                                       'fastai_ecg_pma.scale._check_dtype': ('scale.html#_check_dtype', 'fastai_ecg_pma/scale.py'),
                                       'fastai_ecg_pma.scale._device': ('scale.html#_device', 'fastai_ecg_pma/scale.py'),

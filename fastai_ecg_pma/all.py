@@ -15,14 +15,15 @@ __all__ = ['Concat', 'Fuse', 'GroupMeans', 'Last', 'LastMean', 'Layer', 'OwnNorm
            'derive_leads', 'lead_name', 'evaluate', 'pma_learner', 'predict_record', 'pretrain_learner',
            'readout_learner', 'MAE', 'MaskedModel', 'masked_mse', 'mixture', 'patchify', 'per_lead', 'random_mask',
            'same_times', 'time_blocks', 'whole_leads', 'MacroAUROC', 'Score', 'macro_auroc', 'score', 'mitbih_beats',
-           'mitbih_dls', 'mitbih_rhythms', 'mitbih_table', 'ProbeLayers', 'ecg_axes', 'ecg_paper', 'MaskPatches',
-           'PretrainLearner', 'MORE_READOUTS', 'READOUTS', 'compare_readouts', 'gate_by_class', 'knn_probe',
-           'ridge_probe', 'layer_features', 'plot_gates', 'plot_layers', 'probe_layers', 'Protocol', 'same_protocol',
-           'TASKS', 'ptbxl_classes', 'ptbxl_dls', 'ptbxl_labels', 'ptbxl_table', 'PREPROCESS', 'Preprocess',
-           'content_hash', 'read_ecg', 'use_sdpa', 'assert_disjoint', 'check_patients', 'label_subsets', 'overlap',
-           'subset_table', 'simulate_ecg', 'synth_ptbxl', 'write_record', 'load_weights', 'audit_trainable',
-           'layer_lrs', 'layer_splitter', 'VIT_SIZES', 'EcgViT', 'ViT1d', 'load_encoder', 'save_encoder', 'EcgArray',
-           'windows_table']
+           'mitbih_dls', 'mitbih_rhythms', 'mitbih_table', 'ProbeLayers', 'Checkpoint', 'StopOnNonFinite',
+           'checkpoints', 'load_best', 'Accumulate', 'Autocast', 'checkpoint_blocks', 'compile_blocks', 'ecg_axes',
+           'ecg_paper', 'MaskPatches', 'PretrainLearner', 'MORE_READOUTS', 'READOUTS', 'compare_readouts',
+           'gate_by_class', 'knn_probe', 'ridge_probe', 'layer_features', 'plot_gates', 'plot_layers', 'probe_layers',
+           'Protocol', 'same_protocol', 'TASKS', 'ptbxl_classes', 'ptbxl_dls', 'ptbxl_labels', 'ptbxl_table',
+           'PREPROCESS', 'Preprocess', 'content_hash', 'read_ecg', 'use_sdpa', 'assert_disjoint', 'check_patients',
+           'label_subsets', 'overlap', 'subset_table', 'simulate_ecg', 'synth_ptbxl', 'write_record', 'load_weights',
+           'audit_trainable', 'layer_lrs', 'layer_splitter', 'VIT_SIZES', 'EcgViT', 'ViT1d', 'load_encoder',
+           'save_encoder', 'EcgArray', 'windows_table']
 
 # %% ../nbs/72_all.ipynb #480dabf8
 from .aggregate import Concat, Fuse, GroupMeans, Last, LastMean, Layer, OwnNorm, PlainNorm, PPA, SharedNorm, SignedStatic, Static, class_head, linear_head, mlp_head
@@ -31,6 +32,7 @@ from .augment import BaselineWander, LeadCutMix, LeadDropout, LeadMixUp, Noise, 
 from .blocks import find_blocks
 from .cache import EcgCache, RecordsSetAside, StaleCache, cache_ecg
 from .challenges import challenge_classes, challenge_dls, challenge_labels, challenge_table, cinc2017_dls, cinc2017_table, ludb_labels, ludb_table
+from .checkpoint import Checkpoint, StopOnNonFinite, checkpoints, load_best
 from .data import ecg_dls, read_records, wfdb_dls
 from .doctor import check_records, report
 from .download import check_files, download_db, download_ptbxl
@@ -52,6 +54,7 @@ from .probe import MORE_READOUTS, READOUTS, compare_readouts, gate_by_class, knn
 from .protocol import Protocol, same_protocol
 from .ptbxl import TASKS, ptbxl_classes, ptbxl_dls, ptbxl_labels, ptbxl_table
 from .records import PREPROCESS, Preprocess, content_hash, read_ecg
+from .scale import Accumulate, Autocast, checkpoint_blocks, compile_blocks
 from .sdpa import use_sdpa
 from .splits import assert_disjoint, check_patients, label_subsets, overlap, subset_table
 from .synth import simulate_ecg, synth_ptbxl, write_record
@@ -69,7 +72,7 @@ _all_ = ['Concat', 'Fuse', 'GroupMeans', 'Last', 'LastMean', 'Layer', 'OwnNorm',
          'encoder_stack', 'make_vit', 'ClassPMA', 'GatePenalty', 'LeadPMA', 'PMA', 'balance_penalty', 'entropy_penalty', 'top_k', 'BadRecord', 'read_header', 'LayerStack',
          'class_token', 'mean_leads', 'mean_tokens', 'LEADS', 'PMA_LEADS', 'derive_leads', 'lead_name', 'evaluate', 'pma_learner', 'predict_record', 'pretrain_learner',
          'readout_learner', 'MAE', 'MaskedModel', 'masked_mse', 'mixture', 'patchify', 'per_lead', 'random_mask', 'same_times', 'time_blocks', 'whole_leads', 'MacroAUROC', 'Score', 'macro_auroc', 'score', 'mitbih_beats', 'mitbih_dls',
-         'mitbih_rhythms', 'mitbih_table', 'ProbeLayers', 'ecg_axes', 'ecg_paper', 'MaskPatches', 'PretrainLearner', 'MORE_READOUTS', 'READOUTS', 'compare_readouts', 'gate_by_class', 'knn_probe', 'ridge_probe', 'layer_features', 'plot_gates',
+         'mitbih_rhythms', 'mitbih_table', 'ProbeLayers', 'Checkpoint', 'StopOnNonFinite', 'checkpoints', 'load_best', 'Accumulate', 'Autocast', 'checkpoint_blocks', 'compile_blocks', 'ecg_axes', 'ecg_paper', 'MaskPatches', 'PretrainLearner', 'MORE_READOUTS', 'READOUTS', 'compare_readouts', 'gate_by_class', 'knn_probe', 'ridge_probe', 'layer_features', 'plot_gates',
          'plot_layers', 'probe_layers', 'Protocol', 'same_protocol', 'TASKS', 'ptbxl_classes', 'ptbxl_dls', 'ptbxl_labels', 'ptbxl_table', 'PREPROCESS', 'Preprocess',
          'content_hash', 'read_ecg', 'use_sdpa', 'assert_disjoint', 'check_patients', 'label_subsets', 'overlap', 'subset_table', 'simulate_ecg', 'synth_ptbxl', 'write_record',
          'load_weights', 'audit_trainable', 'layer_lrs', 'layer_splitter', 'VIT_SIZES', 'EcgViT', 'ViT1d', 'load_encoder', 'save_encoder', 'EcgArray', 'windows_table']

@@ -29,6 +29,7 @@ from .masked import MaskedModel
 from .masking import masked_mse, per_lead, same_times
 from .metrics import MacroAUROC, Score, one_hot, score
 from .pretrain import MaskPatches, PretrainLearner
+from .scale import AsOneProcess
 from .tune import AuditTrainable, FixFrozenBackbone
 from .vit1d import ViT1d
 
@@ -53,7 +54,7 @@ def pretrain_learner(
     else: enc = fit_to(unshelve(find_encoder(build_arch(dls, arch, arch_config) if is_class(arch) else arch)), dls)
     model = _masked_autoencoder(enc, dls, ps, fuse, decoder)
     hide = MaskPatches(model.ps, ratio, mask or (same_times if model.mixes_leads else per_lead))
-    return PretrainLearner(dls, model, loss_func=loss_func, opt_func=opt_func, wd=wd, cbs=[hide, *listify(cbs)], **kwargs)
+    return PretrainLearner(dls, model, loss_func=loss_func, opt_func=opt_func, wd=wd, cbs=[hide, AsOneProcess(), *listify(cbs)], **kwargs)
 
 LIGHT_DECODER = dict(d=64, n_layers=2, n_heads=1)
 
@@ -97,7 +98,7 @@ def readout_learner(
     n_leads = _lead_axis(dls, backbone, pool)
     read = ReadOut(fuse, head(fused_width(fuse, n_leads), n_out), layer_norm(L, d) if layer_norm else None, pool)
     learn = Learner(dls, FusedModel(backbone, read), metrics=METRICS[task]() if metrics is None else metrics, splitter=splitter, wd=wd, train_bn=False,
-                    cbs=[FixFrozenBackbone(), AuditTrainable(), *listify(cbs)], **kwargs)
+                    cbs=[FixFrozenBackbone(), AuditTrainable(), AsOneProcess(), *listify(cbs)], **kwargs)
     learn.prep,learn.vocab = getattr(dls, 'prep', None), list(getattr(dls, 'vocab', None) or range(n_out))
     learn.aggregate = dls.protocol.aggregate if getattr(dls, 'protocol', None) else 'mean'
     return learn

@@ -48,10 +48,17 @@ class ShareDL(DistributedDL):
         if self.train: return [nth(idxs[i:i+B], self.rank, n) for i in range(0, len(idxs), B)]
         return [nth(nth(idxs, self.rank, n), i, len(self)) for i in range(len(self))]
 
+    def randomize(self):
+        self.dl.randomize()
+        self.fake_l.generator = self.dl.fake_l.generator            # what torch seeds workers by must not come from the generator that masks are drawn from
+
     def create_batches(self, batches):
         dl = copy(self.dl)                                      # of an unshuffled batch tsai reads a slice from its first index on, of a shuffled one these very indices
         dl.shuffle, dl.drop_last, dl.bs = True, False, self.n
-        for b in batches: yield from dl.create_batches(b)
+        dl.offs, dl.num_workers, dl.epoch_seed = 0, 1, getattr(dl, 'epoch_seed', 0) + self.rank
+        for i,b in enumerate(batches):
+            dl.first = self.offs + i*self.num_workers                # its number in the epoch, which decides what is drawn while it is loaded
+            yield from dl.create_batches(b)
 
     def new(self, *args, **kwargs): return self.dl.new(*args, **kwargs)
     def to_detach(self, b, cpu=True, gather=True): return to_detach(b, cpu, gather=False)      # `AsOneProcess` gathers, once

@@ -10,14 +10,15 @@ import numpy as np, torch
 from collections import Counter
 from copy import deepcopy
 from fastai.callback.core import Callback
-from fastai.torch_core import no_random
+from fastai.torch_core import get_model, no_random
 
 # %% ../nbs/46_tune.ipynb #952ddac4
 class FixFrozenBackbone(Callback):
     "A backbone without a trainable parameter runs in evaluation mode: no dropout, no moving statistics"
     order = -9                          # right after TrainEvalCallback
     def before_train(self):
-        if not any(p.requires_grad for p in self.model.backbone.parameters()): self.model.backbone.eval()
+        backbone = get_model(self.model).backbone                                # in several processes the model is wrapped
+        if not any(p.requires_grad for p in backbone.parameters()): backbone.eval()
 
 # %% ../nbs/46_tune.ipynb #3e74a2d3
 def audit_trainable(
@@ -35,12 +36,12 @@ def audit_trainable(
 def _some(names): return ', '.join(names[:8]) + (f' and {len(names)-8} more' if len(names) > 8 else '')
 
 def _misplaced(learn):
-    names, count = {id(p): n for n,p in learn.model.named_parameters()}, Counter(id(p) for g in learn.opt.param_lists for p in g)
+    names, count = {id(p): n for n,p in get_model(learn.model).named_parameters()}, Counter(id(p) for g in learn.opt.param_lists for p in g)
     return {'not in the optimiser': [n for i,n in names.items() if not count[i]], 'in the optimiser more than once': [n for i,n in names.items() if count[i] > 1],
             'in the optimiser, not in the model': [f'{k} parameters of another model'] if (k := len(count.keys() - names.keys())) else []}
 
 def _misflagged(learn):
-    names, opt, out = {id(p): n for n,p in learn.model.named_parameters()}, learn.opt, {'frozen in a group that is trained': [], 'trained in a group that is frozen': []}
+    names, opt, out = {id(p): n for n,p in get_model(learn.model).named_parameters()}, learn.opt, {'frozen in a group that is trained': [], 'trained in a group that is frozen': []}
     for i,group in enumerate(opt.param_lists):
         for p in group:
             trained = i >= opt.frozen_idx or opt.state[p].get('force_train', False)              # fastai's train_bn
@@ -49,14 +50,14 @@ def _misflagged(learn):
 
 # %% ../nbs/46_tune.ipynb #de0c143e
 def _without_gradient(learn):
-    model = deepcopy(learn.model).to(learn.dls.device)
+    model, dl = deepcopy(get_model(learn.model)).to(learn.dls.device), vars(learn.dls.train).get('dl', learn.dls.train)       # that of one process
     with no_random():
         for p in model.parameters():
             if p.requires_grad and not p.any(): p.data.normal_(std=1e-2)
         left = {n: p for n,p in _training(model).named_parameters() if p.requires_grad}
         for _ in range(8):
             if not left: break
-            b, n = [t.as_subclass(torch.Tensor) for t in learn.dls.one_batch()], learn.dls.n_inp
+            b, n = [t.as_subclass(torch.Tensor) for t in dl.one_batch()], dl.n_inp
             learn.loss_func(model(*b[:n]), *b[n:]).backward()
             left = {n: p for n,p in left.items() if p.grad is None or not p.grad.any()}
     return list(left)

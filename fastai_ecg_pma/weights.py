@@ -8,6 +8,7 @@ __all__ = ['FORMAT', 'map_original_keys', 'encoder_config', 'make_encoder', 'sav
 # %% ../nbs/34_weights.ipynb #af2a1123
 import json, re
 import torch
+from fastai.torch_core import rank_distrib
 from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -77,7 +78,9 @@ FORMAT = 1
 
 def save_encoder(encoder, folder):
     "Write `encoder` (a `ViT1d`) with its preprocessing, `encoder.prep`, to `folder`"
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    if rank_distrib(): return folder                                         # of several processes the first writes
+    folder.mkdir(parents=True, exist_ok=True)
     prep = getattr(encoder, 'prep', None)
     config = dict(format=FORMAT, model='ViT1d', encoder=encoder.config, preprocess=prep.as_dict() if prep else None)
     save_file({k: v.detach().cpu().contiguous() for k,v in encoder.state_dict().items()}, folder/'model.safetensors')

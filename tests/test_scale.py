@@ -26,9 +26,8 @@ from fastai_ecg_pma.aggregate import Static, linear_head
 from fastai_ecg_pma.learner import pma_learner, pretrain_learner
 from fastai_ecg_pma.metrics import MacroAUROC
 from fastai_ecg_pma.ptbxl import ptbxl_dls
-from fastai_ecg_pma.scale import Accumulate, AsOneProcess
+from fastai_ecg_pma.scale import Accumulate, ShareDL
 from fastai_ecg_pma.synth import synth_ptbxl
-from fastai_ecg_pma.tune import AuditTrainable, FixFrozenBackbone
 from fastai_ecg_pma.vit1d import ViT1d
 
 N_RANKS = 2
@@ -57,16 +56,15 @@ def accumulated(folder, bs=4, n_acc=12):
     "Pretraining without a shuffle or a drop, steps of accumulated and clipped gradients, the last validation's predictions fetched while it runs"
     dls = ptbxl_dls(folder, task=None, bs=bs//n_ranks(), shuffle_train=False, drop_last=False)
     fetch = FetchPredsCallback()
-    learn = pretrain_learner(dls, small(), seed=1, opt_func=partial(SGD, mom=.9), cbs=[AsOneProcess(), Accumulate(n_acc//n_ranks()), GradientClip(.5), fetch])
+    learn = pretrain_learner(dls, small(), seed=1, opt_func=partial(SGD, mom=.9), cbs=[Accumulate(n_acc//n_ranks()), GradientClip(.5), fetch])
     with learn.distrib_ctx(), learn.no_bar(), learn.no_logging(): learn.fit(2, .1)
     pred,(patches,mask) = fetch.preds
     return dict(curve(learn), weights=weights(learn), patches=patches, mask=mask, pred=pred)
 
 def read_out(folder, out, bs=4):
     "A read-out with metrics of both kinds, validated and asked for predictions, outside of `fit` too"
-    learn = pma_learner(ptbxl_dls(folder, bs=bs//n_ranks()), small(), Static, head=linear_head, seed=1, cbs=AsOneProcess(),
+    learn = pma_learner(ptbxl_dls(folder, bs=bs//n_ranks()), small(), Static, head=linear_head, seed=1, 
                         metrics=[MacroAUROC(), accuracy_multi], path=Path(out)/f'rank{rank_distrib()}', opt_func=partial(SGD, mom=.9))
-    learn.remove_cbs([FixFrozenBackbone, AuditTrainable])                           # they do not see through DistributedDataParallel
     learn.unfreeze()
     before = list(learn.dls.loaders), [type(c) for c in learn.cbs], learn.loss_func
     with learn.distrib_ctx(sync_bn=False), learn.no_bar(), learn.no_logging():
@@ -154,3 +152,28 @@ def test_only_the_first_writes_and_prints(ranks, out):
     assert sorted(p.name for p in out.iterdir()) == ['encoder', 'models', 'rank0', 'results0.pt', 'results1.pt']
     assert sorted(p.name for p in (out/'rank0').rglob('*') if p.is_file()) == ['export.pkl', 'model.pth']
     assert [l[:3] for l in ranks[0]['printed'].splitlines() if l.startswith('[')] == ['[0,', '[1,']
+
+
+class AloneShare(ShareDL):
+    def _broadcast(self, t, rank): return t
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_each_batch_draws_for_itself(workers):
+    "Random crops of a ramp: their starts differ between batches and processes, not with the number of workers"
+    from fastai_ecg_pma.data import ecg_dls
+    from fastai_ecg_pma.records import Preprocess
+    from fastai_ecg_pma.windows import RANDOM, EcgArray, InMemory
+    ramp = np.tile(np.arange(5000, dtype=np.float32), (12, 1))
+    X = EcgArray(InMemory([ramp]*48), starts=[RANDOM]*40 + [0]*8, prep=Preprocess(seq_len=100, standardize='none'))
+    np.random.seed(0)
+    dls = ecg_dls(X, None, None, np.arange(48) >= 40, bs=4, num_workers=workers)
+    def starts(rank):
+        np.random.seed(1)
+        return [b[0][:,0,0].tolist() for b in AloneShare(dls.train, 'cpu', True, rank=rank, world_size=2)]
+    a, b = starts(0), starts(1)
+    assert len(a) == len(b) == 5 and len({tuple(v) for v in a + b}) == 10
+    assert a == starts(0)
+    if workers: assert a == BATCHES
+    else: BATCHES[:] = a
+
+BATCHES = []
