@@ -146,7 +146,7 @@ def test_validate_and_get_preds(one, ranks):
     near(a['validate'], a['values'][-1][1:], 1e-6)
     for r in (r['read_out'] for r in ranks):
         near(r['validate'], a['validate'])
-        assert r['preds'][0].shape == (11, 5) and torch.equal(r['preds'][1], a['preds'][1])
+        assert len(r['preds'][0]) == 11 and torch.equal(r['preds'][1], a['preds'][1])
         near(r['preds'][0], a['preds'][0])
         near(r['losses_of'], a['losses_of'])
 
