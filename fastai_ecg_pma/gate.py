@@ -9,6 +9,7 @@ __all__ = ['GATE_INPUTS', 'softmax', 'top_k', 'gate_net', 'PMA', 'LeadPMA', 'Cla
 # %% ../nbs/22_gate.ipynb #2d8fdc00
 import torch
 from fastai.callback.core import Callback
+from fastai.torch_core import get_model
 from fastcore.meta import delegates
 from torch import nn
 
@@ -119,14 +120,14 @@ class GatePenalty(Callback):
     ): self.penalty,self.weight = penalty,weight
 
     def before_fit(self):
-        fuse = self.model.head.fuse
+        fuse = get_model(self.model).head.fuse
         if not (isinstance(fuse, PMA) and any(p.requires_grad for p in fuse.gate.parameters())): raise ValueError(
             f'GatePenalty needs a gate that learns: `PMA`, `LeadPMA` or `ClassPMA` with train_gate=True, this read-out is {type(fuse).__name__}')
 
-    def before_batch(self): self.scores,self.release = catch_output(self.model.head.fuse.gate, self.model)
+    def before_batch(self): self.scores,self.release = catch_output(get_model(self.model).head.fuse.gate, self.model)
 
     def after_loss(self):
-        w = self.model.head.fuse.choose(self.scores.pop().float()).movedim(-1, 1)
+        w = get_model(self.model).head.fuse.choose(self.scores.pop().float()).movedim(-1, 1)
         self.learn.loss_grad = self.loss_grad + self.weight*self.penalty(w)
 
     def after_batch(self): self.release()

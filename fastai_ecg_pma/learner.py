@@ -54,7 +54,9 @@ def pretrain_learner(
     else: enc = fit_to(unshelve(find_encoder(build_arch(dls, arch, arch_config) if is_class(arch) else arch)), dls)
     model = _masked_autoencoder(enc, dls, ps, fuse, decoder)
     hide = MaskPatches(model.ps, ratio, mask or (same_times if model.mixes_leads else per_lead))
-    return PretrainLearner(dls, model, loss_func=loss_func, opt_func=opt_func, wd=wd, cbs=[hide, AsOneProcess(), *listify(cbs)], **kwargs)
+    learn = PretrainLearner(dls, model, loss_func=loss_func, opt_func=opt_func, wd=wd, cbs=[hide, AsOneProcess(), *listify(cbs)], **kwargs)
+    learn.seed = seed
+    return learn
 
 LIGHT_DECODER = dict(d=64, n_layers=2, n_heads=1)
 
@@ -130,7 +132,7 @@ def pma_learner(
     stack = encoder_stack(dls, arch, **{k: kwargs.pop(k) for k in list(kwargs) if k in for_stack})
     learn = readout_learner(dls, stack, readout, **kwargs)
     if not fresh if pretrained is None else pretrained: learn.freeze()
-    learn.arch = arch if is_class(arch) else type(stack.encoder)
+    learn.seed, learn.arch = seed, arch if is_class(arch) else type(stack.encoder)
     return learn
 
 # %% ../nbs/50_learner.ipynb #e84653e4

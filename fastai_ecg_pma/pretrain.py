@@ -11,7 +11,7 @@ from dataclasses import replace
 from fastai.callback import progress, schedule                # noqa: F401 — they add no_bar, lr_find, fit_one_cycle to Learner
 from fastai.callback.core import Callback
 from fastai.learner import Learner
-from fastai.torch_core import num_distrib, rank_distrib
+from fastai.torch_core import get_model, num_distrib, rank_distrib
 
 from .headers import read_header
 from .masking import fixed, patchify, per_lead, recorded, standardize_patches, uniform
@@ -57,7 +57,7 @@ def _first(dl):
 class PretrainLearner(Learner):
     "A `Learner` for masked pretraining; `show_results` draws original, hidden and rebuilt patches, `encoder` is what it is for"
     @property
-    def encoder(self): return self.model.encoder
+    def encoder(self): return get_model(self.model).encoder
 
     def rebuild(self, ds_idx:int=1):
         "The first batch of training (0) or validation (1) and its rebuilt patches: `x`, `mask`, `pred` (standardised patches)"
