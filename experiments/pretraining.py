@@ -11,7 +11,6 @@ losses.csv    task, seed, epoch, loss in training and validation
 """
 import argparse, warnings
 warnings.filterwarnings('ignore', '.*torch.jit.script'); warnings.filterwarnings('ignore', '.*enable_nested')
-from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastai.torch_core import no_random
