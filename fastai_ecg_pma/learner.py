@@ -24,10 +24,11 @@ from .aggregate import FusedModel, Last, ReadOut, SignedStatic, Static, fused_wi
 from .windows import RANDOM, EcgArray, aggregate_windows
 from .encoder import build_arch, encoder_stack, example, find_encoder, fit_to, is_class, make_vit, unshelve
 from .gate import PMA
+from .intervals import Score, score
 from .mae import MAE
 from .masked import MaskedModel
 from .masking import masked_mse, per_lead, same_times
-from .metrics import MacroAUROC, Score, one_hot, score
+from .metrics import MacroAUROC, one_hot
 from .pretrain import MaskPatches, PretrainLearner
 from .scale import AsOneProcess
 from .tune import AuditTrainable, FixFrozenBackbone
