@@ -32,11 +32,12 @@ from .augment import BaselineWander, LeadCutMix, LeadDropout, LeadMixUp, Noise, 
 from .blocks import find_blocks
 from .cache import EcgCache, RecordsSetAside, StaleCache, cache_ecg
 from .challenges import challenge_classes, challenge_dls, challenge_labels, challenge_table, cinc2017_dls, cinc2017_table, ludb_labels, ludb_table
-from .checkpoint import Checkpoint, StopOnNonFinite, checkpoints, load_best
+from .checkpoint import Checkpoint, checkpoints, load_best
 from .data import ecg_dls, read_records, wfdb_dls
 from .doctor import check_records, report
 from .download import check_files, download_db, download_ptbxl
 from .encoder import build_arch, encoder_stack, make_vit
+from .finite import StopOnNonFinite
 from .gate import ClassPMA, GatePenalty, LeadPMA, PMA, balance_penalty, entropy_penalty, top_k
 from .headers import BadRecord, read_header
 from .layers import LayerStack, class_token, mean_leads, mean_tokens

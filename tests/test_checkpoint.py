@@ -26,15 +26,18 @@ from fastai.torch_core import set_seed
 from fastcore.foundation import L
 from tsai.data.core import get_ts_dls
 
-from fastai_ecg_pma import checkpoint
+from fastai_ecg_pma import checkpoint, tensors
 from fastai_ecg_pma.augment import Noise
-from fastai_ecg_pma.checkpoint import Checkpoint, FellBack, NonFinite, OtherConditions, OtherRun, StopOnNonFinite, load_best, pack, training_state
+from fastai_ecg_pma.checkpoint import Checkpoint, FellBack, OtherConditions, OtherRun, load_best
 from fastai_ecg_pma.data import ecg_dls
+from fastai_ecg_pma.finite import NonFinite, StopOnNonFinite
 from fastai_ecg_pma.learner import pma_learner, pretrain_learner
 from fastai_ecg_pma.mae import MAE
 from fastai_ecg_pma.masking import masked_mse
 from fastai_ecg_pma.pretrain import MaskPatches, PretrainLearner
 from fastai_ecg_pma.records import Preprocess
+from fastai_ecg_pma.state import training_state
+from fastai_ecg_pma.tensors import pack
 from fastai_ecg_pma.vit1d import ViT1d
 from fastai_ecg_pma.windows import RANDOM, EcgArray, InMemory
 
@@ -287,8 +290,8 @@ def test_a_file_is_synced_before_it_has_its_name_and_the_folder_after(tmp_path, 
         def __getattr__(self, k): return getattr(os, k)
         def fsync(self, fd): calls.append(('fsync', Path(os.readlink(f'/proc/self/fd/{fd}')).name, os.fstat(fd).st_size)); os.fsync(fd)
         def replace(self, a, b): calls.append(('replace', Path(a).name, Path(b).name)); os.replace(a, b)
-    monkeypatch.setattr(checkpoint, 'os', Os())
-    checkpoint.write_tensors(tmp_path/'x.safetensors', dict(a=torch.zeros(9)))
+    monkeypatch.setattr(tensors, 'os', Os())
+    tensors.write_tensors(tmp_path/'x.safetensors', dict(a=torch.zeros(9)))
     assert [c[:2] for c in calls] == [('fsync', 'x.safetensors.tmp'), ('replace', 'x.safetensors.tmp'), ('fsync', tmp_path.name)]
     assert calls[0][2] == (tmp_path/'x.safetensors').stat().st_size                # all of it was handed to the system before
 
@@ -473,7 +476,7 @@ class Seen(Callback):
 
 class Killer:
     "Counts the steps of writing a file, and kills this process and its workers at one of them"
-    def __init__(self, at=None): self.n, self.at, self.pieces = 0, at, checkpoint._pieces
+    def __init__(self, at=None): self.n, self.at, self.pieces = 0, at, tensors._pieces
 
     def step(self):
         self.n += 1
@@ -490,7 +493,7 @@ class Killer:
             self.step()
             yield p[len(p)//2:]
 
-    def install(self): checkpoint.os, checkpoint._pieces = self, self.half
+    def install(self): tensors.os, tensors._pieces = self, self.half
 
 
 def live(kind, n_workers, folder, at=None):
@@ -592,7 +595,7 @@ def test_killed_again_and_again():
 
 def test_a_full_disk_is_an_error_and_the_last_checkpoint_is_still_there():
     said, left, batches = script('full_disk')
-    assert said.startswith('OSError') and 'fit0-epoch000002-batch000000000.safetensors could not be written: File too large. The checkpoints before it are as they were' in said
+    assert said.startswith('OSError') and 'fit0-epoch000002-batch000000000.safetensors could not be written: File too large. What was there before is as it was' in said
     assert 'fit0-epoch000001-batch000000000.safetensors' in left and not [n for n in left if n.endswith('.tmp')]
     assert batches == 10                                                        # of 15: it went on after the first epoch
 
