@@ -99,7 +99,7 @@ class Score:
 
 # %% ../nbs/41_intervals.ipynb #41a0c019
 def score(
-    scores, # `[n_records,n_classes]`: logits or probabilities
+    scores, # `[n_records,n_classes]`: logits or probabilities; or of several runs `[n_runs,n_records,n_classes]`, whose mean score is meant
     targs, # 0/1 `[n_records,n_classes]`
     patients=None, # `[n_records]`; None: each record is its own patient
     n:int=1000, # Resamples; 0: no interval
@@ -110,10 +110,18 @@ def score(
     method:str='expanded', # Interval: 'expanded', 'percentile' or 'bca'
 ) -> Score: # `low <= point <= high`
     "A metric's mean over the classes, with an interval from a bootstrap of patients"
-    targs = check_scores(scores, targs)[1]
-    r = Resampled(partial(metric, scores, targs), len(targs), patients, n, seed, method)
+    runs,targs = _runs(scores, targs)
+    r = Resampled(partial(_mean_of_runs, metric, runs, targs), len(targs), patients, n, seed, method)
     point,drawn,without = r.means()
     return Score(point, *interval(point, drawn, without, level, method), *r.sizes(), protocol, _name(metric))
+
+def _runs(scores, targs):
+    "Scores as `[n_runs,n_records,n_classes]`, and targets, checked"
+    runs = np.asarray(scores)
+    runs = runs if runs.ndim == 3 else runs[None]
+    return runs,[check_scores(r, targs)[1] for r in runs][0]
+
+def _mean_of_runs(metric, runs, targs, counts=None): return np.mean([metric(r, targs, counts) for r in runs], 0)
 
 def _name(metric): return getattr(metric, '__name__', None) or _name(metric.func)
 
@@ -148,7 +156,7 @@ class Difference:
     def __str__(self): return f'{self.point:+.3f} [{self.low:+.3f}, {self.high:+.3f}], p = {self.p:.3g}'
 
 def compare(
-    a, b, # Scores of two models, `[n_records,n_classes]` each
+    a, b, # Scores of two models, `[n_records,n_classes]` each; or of their runs `[n_runs,n_records,n_classes]`, whose mean scores are compared
     targs, # 0/1 `[n_records,n_classes]`
     patients=None, # `[n_records]`; None: each record is its own patient
     n:int=1000, # Resamples, the same ones for both
@@ -160,8 +168,8 @@ def compare(
     return Difference(point, *interval(point, drawn, without, level, method), p_value(point, drawn, without, method), *r.sizes(), protocol, _name(metric))
 
 def _both(a, b, targs, patients, n, seed, metric, method):
-    for s in (a, b): check_scores(s, targs)
-    return Resampled(lambda counts: metric(a, targs, counts) - metric(b, targs, counts), len(targs), patients, n, seed, method)
+    (a,targs),(b,_) = (_runs(s, targs) for s in (a, b))
+    return Resampled(lambda counts: _mean_of_runs(metric, a, targs, counts) - _mean_of_runs(metric, b, targs, counts), len(targs), patients, n, seed, method)
 
 # %% ../nbs/41_intervals.ipynb #41a0c030
 def holm(p):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIGHT_DECODER', 'METRICS', 'pretrain_learner', 'task_of', 'readout_learner', 'pma_learner', 'evaluate', 'is_random',
-           'score_dls', 'split_patients', 'batch_tfms', 'predict_record']
+           'score_dls', 'by_record', 'split_patients', 'batch_tfms', 'predict_record']
 
 # %% ../nbs/50_learner.ipynb #e518efb6
 import inspect, numpy as np, pandas as pd, torch
@@ -158,14 +158,22 @@ def score_dls(
     y, # 0/1 `[n_rows,n_classes]`
     dls, ds_idx:int=1, # Whose split; its `record`, `protocol` and patients are used
     **kwargs) -> Score: # Records are scored, not windows
-    "`score` by record and patient, stamped with the protocol. The scores of a record's windows are averaged, or as the protocol says"
-    row, protocol = np.asarray(dls[ds_idx].dataset.split_idxs), getattr(dls, 'protocol', None)
-    patients, record = split_patients(dls, ds_idx), getattr(dls, 'record', None)
-    if record is not None:
-        p = aggregate_windows(p, record[row], protocol.aggregate if protocol else 'mean')
-        first = np.unique(record[row], return_index=True)[1]
-        y, patients = y[first], None if patients is None else patients[first]
-    return score(p, y, patients, protocol=protocol and protocol.on(('train', 'valid')[ds_idx]).hash, **kwargs)
+    "`score` by record and patient, stamped with the protocol"
+    protocol = getattr(dls, 'protocol', None)
+    return score(*by_record(p, y, dls, ds_idx), protocol=protocol and protocol.on(('train', 'valid')[ds_idx]).hash, **kwargs)
+
+def by_record(
+    p, # `[n_rows,n_classes]` scores of the rows of a split, windows or records; None
+    y, # 0/1 `[n_rows,n_classes]`; None
+    dls, ds_idx:int=1, # Whose split; its `record`, `protocol` and patients are used
+): # `p`, `y` with a row a record, and patients `[n_records]`, None where the table names none
+    "Scores of a record's windows are averaged, or as the protocol says"
+    patients, record, protocol = split_patients(dls, ds_idx), getattr(dls, 'record', None), getattr(dls, 'protocol', None)
+    if record is None: return p, y, patients
+    row = np.asarray(dls[ds_idx].dataset.split_idxs)
+    first = np.unique(record[row], return_index=True)[1]
+    p = p if p is None else aggregate_windows(p, record[row], protocol.aggregate if protocol else 'mean')
+    return p, *(v if v is None else v[first] for v in (y, patients))
 
 def split_patients(dls, ds_idx:int=1):
     "Patients of the validation (1) or training (0) rows, in their order; None where the table names none"
