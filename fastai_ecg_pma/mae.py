@@ -34,15 +34,16 @@ class MAE(nn.Module):
         for m in (self.embed, self.blocks, self.out): m.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def encode(self, x, mask):
-        "What the decoder reads of the visible tokens: `[bs,n_leads*(n_visible+2),d]`"
-        hs, norm = self.encoder.states(x, mask), self.encoder.norm
+    def encode(self, x, mask=None, visible=(None,None)):
+        "What the decoder reads of the visible tokens: `[bs,n_leads*(n_visible+2),d]`. `visible`: as of `ViT1d.states`"
+        hs, norm = self.encoder.states(x, mask, visible), self.encoder.norm
         if not isinstance(self.fuse, Last): return self.fuse(norm(torch.stack(list(hs), 1)))
         for h in hs: pass
         return norm(h)
 
     def forward(self, x, mask):
-        u, (idx,seen) = self.embed(self.encode(x, mask)), visible_tokens(mask)
+        idx, seen = visible = visible_tokens(mask)
+        u = self.embed(self.encode(x, visible=visible))
         n = mask.shape[1]*(mask.shape[2]+2)
         if seen is not None: idx = idx.masked_fill(~seen, n)                 # fillers go to a place of their own
         full = self.mask_token.to(u.dtype).expand(len(u), n if seen is None else n+1, -1)

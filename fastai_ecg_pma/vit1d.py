@@ -86,17 +86,19 @@ class ViT1d(nn.Module):
         self.leads, self.lead_idx = names, [self.known_leads.index(l) for l in names]
         return self
 
-    def tokens(self, x, mask=None):
-        "`[bs,n_leads,seq_len]` -> h_0 `[bs,n_tokens,d]`, separators included; patches where `mask` is `True` are left out"
+    def tokens(self, x, mask=None, idx=None):
+        "`[bs,n_leads,seq_len]` -> h_0 `[bs,n_tokens,d]`, separators included; patches where `mask` is `True` are left out. Instead of `mask`, `idx`: which tokens stay"
         self._check(x)
         sep = self.sep.expand(2, self.d)
         ends = torch.cat([sep[:1], sep.new_zeros(self.n_patches, self.d), sep[1:]]) + self.pos
         h = (nn.functional.pad(self.embed(patchify(x, self.ps)), (0,0,1,1)) + ends + self.lead[self.lead_idx][:,None]).flatten(1,2)
-        return h if mask is None else h.gather(1, visible_tokens(mask)[0][...,None].expand(-1,-1,self.d))
+        if mask is not None: idx = visible_tokens(mask)[0]
+        return h if idx is None else h.gather(1, idx[...,None].expand(-1,-1,self.d))
 
-    def states(self, x, mask=None):
-        "Yields h_0 (the tokens entering block 1), then the output of each block: `1+n_layers` times `[bs,n_tokens,d]`"
-        h, seen = self.tokens(x, mask), None if mask is None else visible_tokens(mask)[1]
+    def states(self, x, mask=None, visible=(None,None)):
+        "Yields h_0 (the tokens entering block 1), then the output of each block: `1+n_layers` times `[bs,n_tokens,d]`. Instead of `mask`, `visible`: its `visible_tokens`, where they are known"
+        idx, seen = visible if mask is None else visible_tokens(mask)
+        h = self.tokens(x, idx=idx)
         yield h
         for block in self.blocks: yield (h := block(h, seen))
 
