@@ -270,7 +270,12 @@ def _hidden(enc, dls, ds_idx, n, bs, way, ratio, seed):
     return [torch.cat(v) for v in zip(*out)]
 
 # %% ../nbs/64_geometry.ipynb #geo00045
-def ridge_map(): return make_pipeline(StandardScaler(), RidgeCV(np.logspace(-1, 5, 7)))
+def ridge_map(
+    record, # `[n_rows]`, which record each row is of
+):
+    "Ridge regression on standardised features; its strength is the best one for every fourth record, fitted on the others"
+    held = np.unique(record, return_inverse=True)[1] % 4 == 0
+    return make_pipeline(StandardScaler(), RidgeCV(np.logspace(0, 5, 6), scoring='neg_mean_squared_error', cv=[(np.flatnonzero(~held), np.flatnonzero(held))]))
 
 @delegates(encoder_stack, but='sdpa,pool,normed,layers,blocks')
 def hidden_r2(
@@ -282,9 +287,9 @@ def hidden_r2(
     standardize:bool=False, # Each target patch by its own mean and standard deviation, as in the loss of pretraining
     seed:int=0, # Of the masks
     bs:int=32, # Records at a time
-    probe=ridge_map, # Makes the scikit-learn regressor of one lead
+    probe=ridge_map, # Makes the scikit-learn regressor of one lead, called with the record of each row
     **kwargs
-): # DataFrame: row a layer (0 is the embeddings), `R2` of all leads together, then of each
+): # DataFrame: row a layer (0 is the embeddings), `R2` of all leads together, then of each; NaN for one that fewer than 8 training records have
     "How much of the hidden patches a linear map reads from the visible tokens of each layer: R² on validation records"
     enc = _vit(dls, arch, **kwargs)
     train, valid = (_hidden(enc, dls, i, n, bs, mask, ratio, seed) for i in (0,1))
@@ -294,15 +299,15 @@ def hidden_r2(
 
 def _errors(train, valid, l, c, standardize, probe):
     "Squared errors on the hidden patches of lead `c` of validation, guessed from layer `l`: of the fitted map, and of the mean training patch"
-    (X,y),(Z,t) = (_lead_rows(*part, l, c, standardize) for part in (train, valid))
-    if not len(y) or not len(t): return 0., 0.
-    return ((probe().fit(X, y).predict(Z) - t)**2).sum(), ((y.mean(0) - t)**2).sum()
+    (X,y,record),(Z,t,_) = (_lead_rows(*part, l, c, standardize) for part in (train, valid))
+    if len(np.unique(record)) < 8 or not len(t): return 0., 0.
+    return ((probe(record).fit(X, y).predict(Z) - t)**2).sum(), ((y.mean(0) - t)**2).sum()
 
 def _lead_rows(times, leads, patches, hidden, l, c, standardize):
-    "Features `[n_rows,2*d]` and target patches `[n_rows,ps]` of lead `c`"
+    "Features `[n_rows,2*d]`, target patches `[n_rows,ps]` and records `[n_rows]` of lead `c`"
     i,j = hidden[:,c].nonzero(as_tuple=True)
     y = patches[i,c,j]
-    return torch.cat([times[i,l,j], leads[i,l,c]], 1).numpy(), (standardize_patches(y) if standardize else y).numpy()
+    return torch.cat([times[i,l,j], leads[i,l,c]], 1).numpy(), (standardize_patches(y) if standardize else y).numpy(), i.numpy()
 
 # %% ../nbs/64_geometry.ipynb #geo00052
 def update_coefficients(
