@@ -249,7 +249,7 @@ def plot_attention(
         ax.set(title=c, xlabel='layer'); ax.xaxis.get_major_locator().set_params(integer=True)
     return fig
 
-# %% ../nbs/64_geometry.ipynb #geo00044
+# %% ../nbs/64_geometry.ipynb #geo00045
 @torch.no_grad()
 def visible_means(enc, x, mask):
     "Means of the visible tokens by layer: at each time over the leads, `[bs,1+n_layers,n_patches,d]`; in each lead over time, `[bs,1+n_layers,n_leads,d]`. 0 where none is visible"
@@ -269,7 +269,7 @@ def _hidden(enc, dls, ds_idx, n, bs, way, ratio, seed):
         out.append([v.cpu() for v in (*visible_means(enc, x, mask), patchify(x, enc.ps), mask & was)])
     return [torch.cat(v) for v in zip(*out)]
 
-# %% ../nbs/64_geometry.ipynb #geo00045
+# %% ../nbs/64_geometry.ipynb #geo00046
 def ridge_map(
     record, # `[n_rows]`, which record each row is of
 ):
@@ -301,7 +301,7 @@ def _errors(train, valid, l, c, standardize, probe):
     "Squared errors on the hidden patches of lead `c` of validation, guessed from layer `l`: of the fitted map, and of the mean training patch"
     (X,y,record),(Z,t,_) = (_lead_rows(*part, l, c, standardize) for part in (train, valid))
     if len(np.unique(record)) < 8 or not len(t): return 0., 0.
-    return ((probe(record).fit(X, y).predict(Z) - t)**2).sum(), ((y.mean(0) - t)**2).sum()
+    return [((guess - t)**2).sum(dtype=float) for guess in (probe(record).fit(X, y).predict(Z), y.mean(0))]
 
 def _lead_rows(times, leads, patches, hidden, l, c, standardize):
     "Features `[n_rows,2*d]`, target patches `[n_rows,ps]` and records `[n_rows]` of lead `c`"
@@ -309,7 +309,7 @@ def _lead_rows(times, leads, patches, hidden, l, c, standardize):
     y = patches[i,c,j]
     return torch.cat([times[i,l,j], leads[i,l,c]], 1).numpy(), (standardize_patches(y) if standardize else y).numpy(), i.numpy()
 
-# %% ../nbs/64_geometry.ipynb #geo00052
+# %% ../nbs/64_geometry.ipynb #geo00053
 def update_coefficients(
     w, # `[…,n_layers]`, weights of layers 1…L
 ): # `[…,n_layers]`; the first is also that of h_0
