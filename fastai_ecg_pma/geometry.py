@@ -256,7 +256,7 @@ def visible_means(enc, x, mask):
     idx, see = visible_tokens(mask)[0][...,None], ~mask[...,None]
     def means(h):
         full = h.new_zeros(len(x), len(enc.leads)*(enc.n_patches+2), enc.d).scatter(1, idx.expand_as(h), h)
-        p = enc.patches(full)*see                                            # fillers went to a separator's place, which is no patch
+        p = enc.patches(full)                                                # fillers went to a separator's place, which is no patch
         return p.sum(1)/see.sum(1).clamp(min=1), p.sum(2)/see.sum(2).clamp(min=1)
     return tuple(torch.stack(m, 1) for m in zip(*map(means, enc.states(x, mask))))
 
