@@ -69,7 +69,7 @@ def _asking(model): return asking(model) if isinstance(model, nn.Module) else to
 
 def _logit(model, x, target):
     "Output number `target` of each record, `[bs]`"
-    y = model(x)
+    y = model(x.clone())                                                    # some models write into their input
     if y.ndim != 2 or not 0 <= target < y.shape[1]: raise ValueError(f'target={target}, and the model gives outputs of shape {list(y.shape)}: name one of [bs, n_out]')
     return y[:,target]
 
@@ -90,19 +90,19 @@ def _gradient(model, x, target):
     "Of output `target` of each record, `[bs,n_leads,seq_len]`; 0 where `x` is NaN"
     with torch.enable_grad():
         z = x.clone().requires_grad_()
-        y = _logit(model, z.clone(), target).sum()                          # a clone: some models write into their input
+        y = _logit(model, z, target).sum()
         if not y.requires_grad: raise ValueError('no gradient of the output reaches x: the model detaches it, or does not look at it. `occlusion` needs none')
         return torch.autograd.grad(y, z)[0].masked_fill(x.isnan(), 0.)
 
 # %% ../nbs/65_attribution.ipynb #att00011
-class IncompleteAttribution(RuntimeWarning): "Integrated gradients do not sum to what the output changes by: too few steps"
+class IncompleteAttribution(RuntimeWarning): "Integrated gradients do not sum to what the output changes by: too few steps, or no true gradient"
 
 def integrated_gradients(
     model, # Module, or function: `x` -> `[bs,n_out]`
     x, # `[bs,n_leads,seq_len]`
     target:int, # Which output
     baseline=0., # Where the way to `x` begins: a number, or a tensor that fits `x`
-    steps:int=64, # Gradients on the way
+    steps:int=128, # Gradients on the way
     bs:int=64, # Inputs at a time
     tol:float=.05, # Share of the output's change that may be missing without a warning
 ): # Attributions `[bs,n_leads,seq_len]`, gap `[bs]`
@@ -127,7 +127,8 @@ def _warn_of_gap(a, gap, steps, tol):
     change, most = a.sum((1,2)) - gap, gap.abs().argmax()
     off = gap.abs() > tol*change.abs() + 1e-4*a.abs().sum((1,2))
     if off.any(): warnings.warn(f'the attributions of {int(off.sum())} of {len(off)} records do not sum to what the output changes by, at worst {float(a.sum((1,2))[most]):.3g} for '
-                                f'{float(change[most]):.3g}: take more steps than {steps}, steps={4*steps}', IncompleteAttribution, stacklevel=3)
+                                f'{float(change[most]):.3g}: take more steps than {steps}, steps={4*steps}. Where that does not help, the model holds a part of its gradient back (PatchTST that of '
+                                'its norm, revin): `occlusion` needs none', IncompleteAttribution, stacklevel=3)
 
 # %% ../nbs/65_attribution.ipynb #att00019
 @dataclass(repr=False)
@@ -273,7 +274,7 @@ def _by_record(dls, ds, p, y):
 # %% ../nbs/65_attribution.ipynb #att00034
 def plot_drops(drops, axs=None):
     "What each class loses with each lead silenced alone; and the curves as one more lead at a time is silenced, with the leads that are left"
-    axs = plt.subplots(1, 2, figsize=(4+.45*len(drops.loc['alone']), 1.6+.32*drops.shape[1]), layout='constrained', width_ratios=(1.2,1))[1] if axs is None else axs
+    axs = plt.subplots(1, 2, figsize=(5.5+.4*len(drops.loc['alone']), 1.6+.32*drops.shape[1]), layout='constrained', width_ratios=(1.2,1))[1] if axs is None else axs
     loss, more = drops.loc['none'].to_numpy() - drops.loc['alone'].to_numpy(), drops.loc['cumulative']
     top, leads = max(np.nanmax(np.abs(loss)), 1e-3), list(map(str, drops.loc['alone'].index))
     im = axs[0].imshow(loss.T, cmap='RdBu_r', vmin=-top, vmax=top, aspect='auto')
@@ -281,7 +282,7 @@ def plot_drops(drops, axs=None):
     axs[0].tick_params(axis='x', rotation=90 if len(leads) > 6 else 0)
     axs[0].figure.colorbar(im, ax=axs[0], label='AUROC lost')
     for c in drops: axs[1].plot(range(len(more)+1), [drops[c].loc['none'].iloc[0], *more[c]], 'o-', ms=3, label=c)
-    axs[1].set(xticks=range(len(more)+1), xticklabels=['none', *(f'+{l}' for l in more.index)], xlabel='leads silenced', ylabel='AUROC', title='without more and more')
+    axs[1].set(xticks=range(len(more)+1), xticklabels=['none', *(f'+{l}' for l in more.index)], xlabel='leads silenced', ylabel='AUROC', title='without one more at a time')
     axs[1].tick_params(axis='x', rotation=90)
     axs[1].legend(fontsize=7, loc='center left', bbox_to_anchor=(1, .5))
     return axs
