@@ -37,13 +37,15 @@ def percentile(point, drawn, without): "Nothing is allowed for"; return np.inf,0
 
 def bca(point, drawn, without):
     "Bias-corrected and accelerated: no degrees of freedom, but a shift and a stretch"
-    n,d = len(drawn),without.mean() - without
+    n,known = len(drawn),without[~np.isnan(without)]
+    d = known - known.mean() if len(known) else known
     below = (np.sum(drawn < point) + np.sum(drawn == point)/2)/n
-    stretch = (d**3).sum()/(6*(d**2).sum()**1.5) if d.any() else 0.
+    stretch = -(d**3).sum()/(6*(d**2).sum()**1.5) if d.any() else 0.
     return np.inf,ndtri(np.clip(below, 1/(n+1), n/(n+1))),stretch
 
 def expanded(point, drawn, without):
-    "Student's t for the number of patients that the spread rests on"
+    "Student's t for the number of patients that the spread rests on; for one where nothing can be scored without somebody"
+    if np.isnan(without).any(): return 1.,0.,0.
     d2 = (without - without.mean())**2
     free = (d2**2).sum() - d2.sum()**2/len(d2)
     return min(2*d2.sum()**2/free, len(d2)-1) if free > 0 else np.inf,0.,0.
@@ -66,14 +68,14 @@ def _widen(df): return 1. if np.isinf(df) else np.sqrt((df+1)/df)
 
 def interval(
     point:float, # The score of all records
-    drawn, # Its value in each resample
-    without, # Its value without each patient
+    drawn, # Its value in each resample; NaN where there is none
+    without, # Its value without each patient; NaN where there is none
     level:float=.95,
     method:str='expanded', # Or 'percentile', 'bca'
 ): # low, high; `low <= point <= high`
     "The interval of a score from its resamples"
-    n = len(drawn)
-    if not n: return point,point
+    drawn = drawn[~np.isnan(drawn)]
+    if not (n := len(drawn)): return point,point
     low,high = (n+1)*_quantiles(level, *METHODS[method](point, drawn, without))
     low,high = np.sort(drawn)[[int(np.clip(np.floor(low + 1e-9), 1, n))-1, int(np.clip(np.ceil(high - 1e-9), 1, n))-1]]
     return float(min(low, point)),float(max(high, point))
@@ -81,6 +83,7 @@ def interval(
 # %% ../nbs/41_intervals.ipynb #41a0c013
 def p_value(point:float, drawn, without, method:str='expanded') -> float:
     "Two-sided, of a difference being zero; NaN without resamples"
+    drawn = drawn[~np.isnan(drawn)]
     if not (n := len(drawn)): return np.nan
     shape = METHODS[method](point, drawn, without)
     if point == 0: return 1.
@@ -137,14 +140,16 @@ class Resampled:
         self.drawn = np.concatenate([none, *map(metric, _drawn(patient, n, seed))])
         self.without = none if method == 'percentile' or not n else np.concatenate([none, *map(metric, _left_out(patient, seed))])
 
-    def means(self): return mean_of_scored(self.point, self.n_records),_means(self.drawn),_means(self.without)
-    def columns(self):
-        for p,d,w in zip(self.point, self.drawn.T, self.without.T): yield p,d[~np.isnan(d)],w[~np.isnan(w)]
+    def means(self): return mean_of_scored(self.point, self.n_records),*(_means(x) for x in (self.drawn, self.without))
+    def columns(self): yield from zip(self.point, self.drawn.T, self.without.T)
     def sizes(self): return len(self.point),int((~np.isnan(self.point)).sum()),self.n_records,int(self.n_patients)
 
 def _means(each):
-    "Over the columns that could be scored; rows in which none could are left out"
-    return np.nanmean(each[~np.isnan(each).all(1)], 1)
+    "Of each row over the columns that could be scored; NaN where none could"
+    some = ~np.isnan(each).all(1)
+    out = np.full(len(each), np.nan)
+    out[some] = np.nanmean(each[some], 1)
+    return out
 
 # %% ../nbs/41_intervals.ipynb #41a0c025
 @dataclass(frozen=True)
