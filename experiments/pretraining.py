@@ -18,7 +18,8 @@ from fastai_ecg_pma.aggregate import PPA, Last
 from fastai_ecg_pma.learner import pretrain_learner, split_patients
 from fastai_ecg_pma.metrics import class_aurocs, patient_counts
 from fastai_ecg_pma.monitor import ProbeLayers
-from fastai_ecg_pma.probe import _labelled, layer_features, ridge_probe
+from fastai_ecg_pma.features import labelled, layer_features
+from fastai_ecg_pma.probe import ridge_probe
 from fastai_ecg_pma.ptbxl import ptbxl_dls
 
 TASKS = dict(STMEM=Last, IPASTMEM=PPA)
@@ -27,7 +28,7 @@ class KeepPredictions(ProbeLayers):
     "Beside the scores, what the probe of each layer, of their mean and of all of them says of each validation record"
     def look(self, epochs):
         with no_random(): feats = layer_features(self.model.encoder, self.dls_probe)
-        (H,y),(G,t) = (_labelled(feats, i) for i in (0,1))
+        (H,y),(G,t) = (labelled(feats, i) for i in (0,1))
         read = {**{str(l): (H[:,l], G[:,l]) for l in range(H.shape[1])}, 'PPA': (H[:,1:].mean(1), G[:,1:].mean(1)), 'concat': (H[:,1:].flatten(1), G[:,1:].flatten(1))}
         self.kept = getattr(self, 'kept', {}) | {f'{epochs}/{k}': ridge_probe().fit(a, y).predict(b).astype(np.float32) for k,(a,b) in read.items()}
         self.rows = [dict(epochs=epochs, layer=l, point=macro(self.kept[f'{epochs}/{l}'], t)) for l in range(H.shape[1])]
@@ -46,7 +47,7 @@ def file(args, task, seed): return args.work/f'{task}_{args.size}_{args.epochs}_
 
 def tables(labelled, args):
     "The three tables, from the runs that are there"
-    t, counts = _labelled(labelled, 1)[1], patient_counts(split_patients(labelled), args.resamples)
+    t, counts = labelled(labelled, 1)[1], patient_counts(split_patients(labelled), args.resamples)
     runs = {(task,s): np.load(f) for task in TASKS for s in args.seeds if (f := file(args, task, s)).exists()}
     rows = [(task, s, *k.split('/'), macro(r[k], t)) for (task,s),r in runs.items() for k in r if '/' in k]
     args.out.mkdir(parents=True, exist_ok=True)

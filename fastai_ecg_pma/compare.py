@@ -98,7 +98,7 @@ class Comparison:
     "What `compare_readouts` found"
     table:pd.DataFrame # A row a read-out: macro-AUROC with its interval, the paired difference to the reference with interval and p, rate, epoch, parameters, seconds of a run
     runs:pd.DataFrame # A row a run: read-out, rate, seed, best epoch, macro-AUROC where it was chosen and where it is scored
-    learners:dict # By read-out: the learner of the first seed, at the best rate, with the weights of its best epoch
+    learners:dict # By read-out: for each seed a learner, at the best rate, with the weights of its best epoch
     scores:dict # By read-out: probabilities of the scored records, `[n_seeds,n_records,n_classes]`
     targs:np.ndarray # 0/1 `[n_records,n_classes]`
     patients:np.ndarray # `[n_records]` or None
@@ -161,7 +161,7 @@ def compare_readouts(
         runs += [dict(readout=name, lr=r, seed=s, epoch=o['epoch'].item(), chosen_by=o['best'].item(), point=macro_auroc(by_record(o['test'].numpy(), None, g)[0], t), seconds=o['seconds'].item()) for (r,s),o in of.items()]
     scores = {name: np.stack([by_record(o['test'].numpy(), None, g)[0] for o in outs]) for name,(_,g,_,_,outs) in chosen.items()}
     rows = [_row(name, score(scores[name], t, patients, n, protocol=_protocol(tests)), *chosen[name]) for name in plan]
-    c = Comparison(pd.DataFrame(rows), pd.DataFrame(runs), {name: _learner(f, kw, outs[0]) for name,(f,_,kw,_,outs) in chosen.items()}, scores, t, patients, reference)
+    c = Comparison(pd.DataFrame(rows), pd.DataFrame(runs), {name: [_learner(f, kw, o) for o in outs] for name,(f,_,kw,_,outs) in chosen.items()}, scores, t, patients, reference)
     c.table = _table(c, reference, n)
     return c
 

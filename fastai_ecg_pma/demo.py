@@ -11,17 +11,16 @@ import platform, time
 import matplotlib.pyplot as plt, pandas as pd, torch, yaml
 from dataclasses import asdict
 from fastai.callback.core import Callback
-from fastai.torch_core import set_seed
 from importlib.metadata import version
 from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .aggregate import Last
-from .encoder import make_vit
+from .compare import READOUTS, compare_readouts
 from .learner import evaluate, pma_learner, predict_record, pretrain_learner
-from .probe import READOUTS, compare_readouts, gate_by_class, layer_features, plot_gates, plot_layers, probe_layers
+from .gates import gate_by_class, plot_gates
+from .probe import plot_layers, probe_layers
 from .ptbxl import ptbxl_dls
 from .synth import synth_ptbxl
 from .weights import save_encoder
@@ -56,18 +55,16 @@ def pretrain_step(dls, console, out, epochs, lr, size, seed):
     save_figure(learn.show_results(leads=['I','II','V1','V5']), out/'reconstruction.png')
     return learn
 
-def frozen_step(pre, dls, console, out, epochs, seed, size):
-    "Read-outs of the frozen encoder, and of a random one, compared; pictures of layers and gates. The rows, and the learners by name"
+def frozen_step(pre, dls, console, out, epochs, seed):
+    "Read-outs of the frozen encoder, and of a random one, compared; pictures of layers, differences and gates. The rows, and the learners by name"
     with console.status('Reading the frozen layers'):
-        feats = layer_features(pre, dls)
-        probes = probe_layers(feats)
-        table,learners = compare_readouts(pre, dls, epochs=epochs, seed=seed, feats=feats)
-        set_seed(seed + 1)
-        random,_ = compare_readouts(make_vit(dls, size).to(dls.device), dls, {'random encoder, last layer':Last}, epochs=epochs, seed=seed)
+        probes = probe_layers(pre, dls, cache=out/'cache')
+        c = compare_readouts(pre, dls, epochs=epochs, seeds=(seed,), cache=out/'cache')
     probes.to_csv(out/'layers.csv', index=False)
     save_figure(plot_layers(probes).figure, out/'layers.png')
-    save_figure(plot_gates(gate_by_class(learners['PMA'])).figure, out/'gates.png')
-    return pd.concat([random, table], ignore_index=True),learners
+    save_figure(c.plot().figure, out/'readouts.png')
+    save_figure(plot_gates(gate_by_class(c.learners['PMA'][0]))[0].figure, out/'gates.png')
+    return c.table,{k: v[0] for k,v in c.learners.items()}
 
 def fine_tune_step(pre, dls, console, name, frozen, epochs, lr, seed):
     "Fine-tune the encoder with the read-out `name`, starting from the `frozen` one as the paper does; the learner, and its row of the table"
@@ -118,7 +115,7 @@ def demo(
                   f'{len(dls.bad)} set aside; labels {", ".join(dls.vocab)}')
     for bad in dls.bad.itertuples(): console.print(f'  set aside: {bad.reason}')
     pre = encoder or pretrain_step(dls, console, out, pretrain_epochs, 1e-3, size, seed)
-    rows,learners = frozen_step(pre, dls, console, out, frozen_epochs, seed, size)
+    rows,learners = frozen_step(pre, dls, console, out, frozen_epochs, seed)
     best = rows[rows.readout.isin(READOUTS)].sort_values('point').readout.iloc[-1]
     learn,row = fine_tune_step(pre, dls, console, best, learners[best], tune_epochs, 1e-3*bs/256, seed)
     rows = pd.concat([rows, pd.DataFrame([row])], ignore_index=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['gate_weights', 'effective_layers', 'gate_by_class', 'plot_gates', 'ConstantGate', 'gate_report', 'drop_layers',
-           'plot_drops', 'prune']
+           'plot_layer_drops', 'prune']
 
 # %% ../nbs/63_gates.ipynb #gat00004
 import warnings
@@ -131,7 +131,7 @@ def drop_layers(
     out = pd.DataFrame([dict(layer=l, change=v.point, low=v.low, high=v.high, p=v.p) for l,v in enumerate(d)])
     return out.assign(p_holm=holm(out.p))
 
-def plot_drops(drops, ax=None):
+def plot_layer_drops(drops, ax=None):
     "Change of the score without each layer"
     ax = ax or plt.subplots(figsize=(5, 2.6))[1]
     ax.errorbar(drops.layer, drops.change, [drops.change-drops.low, drops.high-drops.change], fmt='o', capsize=3)
@@ -148,7 +148,7 @@ def prune(
     model = get_model(learn.model)
     if not isinstance(model.backbone, LayerStack): raise ValueError('this learner reads features that were computed before: prune the one of `pma_learner`, on records')
     w = np.concatenate([gate_weights(learn, i).to_numpy() for i in (0,1)])
-    used, L = 1+int(np.flatnonzero((np.abs(w) > tol).any(0)).max()), w.shape[1]
+    used, L = max(2, 1+int(np.flatnonzero((np.abs(w) > tol).any(0)).max())), w.shape[1]              # a `LayerStack` has two layers at least
     if used == L: raise ValueError(f'the last layer is in use: its weight is up to {np.abs(w[:,-1]).max():.2g}. `tol=` calls less than that unused; a gate with `choose=partial(top_k, k=…)` leaves layers out')
     fuse = _first_layers(model.head.fuse, used)
     new = deepcopy(model).eval()

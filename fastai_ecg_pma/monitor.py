@@ -13,7 +13,8 @@ from fastai.torch_core import get_model, no_random
 from fastcore.basics import patch
 
 from .encoder import find_encoder
-from .probe import layer_features, probe_layers, ridge_probe
+from .features import layer_features
+from .probe import probe_layers, ridge_probe
 
 # %% ../nbs/61_monitor.ipynb #mon00005
 class ProbeLayers(Callback):
@@ -48,7 +49,7 @@ class ProbeLayers(Callback):
         "Score all layers now, as those after so many epochs"
         with no_random():
             feats = layer_features(find_encoder(get_model(self.model)), self.dls_probe, **self.kwargs)
-            probes = probe_layers(feats, self.probe, n=self.n)
+            probes = probe_layers(feats, probe=self.probe, n=self.n)
         self.rows = [*(r for r in self.rows if r['epochs'] != epochs), *probes.assign(epochs=epochs).to_dict('records')]
 
 # %% ../nbs/61_monitor.ipynb #mon00006
