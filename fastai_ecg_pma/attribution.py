@@ -146,7 +146,7 @@ class Attribution:
     @property
     def change(self): return float(self.values.sum() - self.gap)                # of the output, from the baseline to `x`
     @property
-    def by_lead(self): return pd.Series(self.values.sum(1), self.leads, name=self.target)
+    def by_lead(self): return pd.Series(self.values.sum(1, dtype=float), self.leads, name=self.target)
     def __repr__(self): return f'Attribution of {self.target}: output {self.logit:.3g}, {self.change:+.3g} from the baseline, of which {self.values.sum():+.3g} told; {len(self.leads)} leads, {self.x.shape[1]} samples at {self.fs:g} Hz'
 
 # %% ../nbs/65_attribution.ipynb #att00020
