@@ -146,7 +146,7 @@ class Attribution:
     @property
     def change(self): return float(self.values.sum() - self.gap)                # of the output, from the baseline to `x`
     @property
-    def by_lead(self): return pd.Series(self.values.sum(1), self.leads, name=self.target)
+    def by_lead(self): return pd.Series(self.values.sum(1, dtype=float), self.leads, name=self.target)
     def __repr__(self): return f'Attribution of {self.target}: output {self.logit:.3g}, {self.change:+.3g} from the baseline, of which {self.values.sum():+.3g} told; {len(self.leads)} leads, {self.x.shape[1]} samples at {self.fs:g} Hz'
 
 # %% ../nbs/65_attribution.ipynb #att00020
@@ -162,7 +162,7 @@ def attribute(
     prep, model = getattr(learn, 'prep', None) or getattr(learn.dls, 'prep', None), get_model(learn.model)
     x, scale = _of_file(learn, prep, record, window) if isinstance(record, (str, Path)) else _of_split(learn, record, ds_idx)
     x, fs = x.to(next(model.parameters()).device), prep.fs if prep else 1
-    with _asking(model): y = model(x)[0]
+    with _asking(model): y = model(x.clone())[0]
     names = list(getattr(learn, 'vocab', None) or getattr(learn.dls, 'vocab', None) or range(len(y)))
     i = int(y.argmax()) if target is None else _number(target, names)
     a, gap = (method or partial(occlusion, size=max(1, round(.2*fs))))(model, x, i, **{'baseline': getattr(prep, 'fill', None) or 0., **kwargs})
@@ -243,9 +243,10 @@ def drop_leads(
     if task == 'numbers': raise ValueError('this learner predicts numbers, which have no AUROC: leads can be dropped for labels or classes')
     if is_random(dl.dataset): raise ValueError('these records are random crops, other ones each time: score them on dls without random_crop')
     names = list(prep.leads if prep else range(learn.dls.vars))
-    n = len(names)
+    if (n := len(names)) < 2: raise ValueError(f'these dls hold one lead, {names[0]}: nothing is left without it')
     def aurocs(sets): return _aurocs(learn, dl, prep, [list(s) for s in sets], n_out if task == 'class' else None, bs)
     none, *alone = aurocs([[], *([i] for i in range(n))])
+    if np.isnan(none).all(): raise ValueError('no class has both a positive and a negative record in this split: none can be scored')
     order = np.argsort(-np.nanmean(alone, 1), kind='stable').tolist()
     more = [alone[order[0]], *aurocs(order[:k] for k in range(2, n))][:n-1]
     index = [('none',''), *(('alone', l) for l in names), *(('cumulative', names[i]) for i in order[:n-1])]

@@ -376,6 +376,10 @@ def test_absent_samples_marked_by_nan(folder):
 
 
 def test_not_scored(folder):
+    X, y = np.random.default_rng(0).normal(size=(9, 2, 50)).astype('f'), np.zeros((9, 1))
+    for n, says in ((1, 'hold one lead, I'), (2, 'none can be scored')):
+        d = ecg_dls(X[:, :n], y, ['never'], np.arange(9) > 4, Preprocess(leads=['I', 'II'][:n], seq_len=50))
+        with pytest.raises(ValueError, match=says): drop_leads(pma_learner(d, ViT1d(50, 25, d=32, n_layers=2, n_heads=1, leads=['I', 'II'][:n])))
     with pytest.raises(ValueError, match='random crops'): drop_leads(pma_learner(make_dls(folder, random_crop=True), BACKBONES['vit']()), 0)
 
 
