@@ -14,16 +14,20 @@ __all__ = ['Concat', 'Fuse', 'GroupMeans', 'Last', 'LastMean', 'Layer', 'OwnNorm
            'read_header', 'LayerStack', 'class_token', 'mean_leads', 'mean_tokens', 'LEADS', 'PMA_LEADS',
            'derive_leads', 'lead_name', 'evaluate', 'pma_learner', 'predict_record', 'pretrain_learner',
            'readout_learner', 'MAE', 'MaskedModel', 'masked_mse', 'mixture', 'patchify', 'per_lead', 'random_mask',
-           'same_times', 'time_blocks', 'whole_leads', 'MacroAUROC', 'Score', 'macro_auroc', 'score', 'mitbih_beats',
-           'mitbih_dls', 'mitbih_rhythms', 'mitbih_table', 'ProbeLayers', 'Checkpoint', 'StopOnNonFinite',
-           'checkpoints', 'load_best', 'Accumulate', 'Autocast', 'checkpoint_blocks', 'compile_blocks', 'ecg_axes',
-           'ecg_paper', 'MaskPatches', 'PretrainLearner', 'MORE_READOUTS', 'READOUTS', 'compare_readouts',
-           'gate_by_class', 'knn_probe', 'ridge_probe', 'layer_features', 'plot_gates', 'plot_layers', 'probe_layers',
-           'Protocol', 'same_protocol', 'TASKS', 'ptbxl_classes', 'ptbxl_dls', 'ptbxl_labels', 'ptbxl_table',
-           'PREPROCESS', 'Preprocess', 'content_hash', 'read_ecg', 'use_sdpa', 'assert_disjoint', 'check_patients',
-           'label_subsets', 'overlap', 'subset_table', 'simulate_ecg', 'synth_ptbxl', 'write_record', 'load_weights',
-           'audit_trainable', 'layer_lrs', 'layer_splitter', 'VIT_SIZES', 'EcgViT', 'ViT1d', 'load_encoder',
-           'save_encoder', 'EcgArray', 'windows_table']
+           'same_times', 'time_blocks', 'whole_leads', 'BrierLoss', 'CalibrationError', 'MacroAUPRC', 'MacroAUROC',
+           'MacroF1Max', 'class_auprcs', 'class_aurocs', 'class_briers', 'class_eces', 'class_f1s', 'class_table',
+           'f1_thresholds', 'macro_auprc', 'macro_auroc', 'macro_f1_max', 'Difference', 'Score', 'compare',
+           'compare_classes', 'delong', 'holm', 'patient_counts', 'score', 'score_classes', 'ChallengeScore',
+           'challenge_score', 'challenge_scores', 'challenge_weights', 'mitbih_beats', 'mitbih_dls', 'mitbih_rhythms',
+           'mitbih_table', 'ProbeLayers', 'Checkpoint', 'StopOnNonFinite', 'checkpoints', 'load_best', 'Accumulate',
+           'Autocast', 'checkpoint_blocks', 'compile_blocks', 'ecg_axes', 'ecg_paper', 'MaskPatches', 'PretrainLearner',
+           'MORE_READOUTS', 'READOUTS', 'compare_readouts', 'gate_by_class', 'knn_probe', 'ridge_probe',
+           'layer_features', 'plot_gates', 'plot_layers', 'probe_layers', 'Protocol', 'same_protocol', 'TASKS',
+           'ptbxl_classes', 'ptbxl_dls', 'ptbxl_labels', 'ptbxl_table', 'PREPROCESS', 'Preprocess', 'content_hash',
+           'read_ecg', 'use_sdpa', 'assert_disjoint', 'check_patients', 'label_subsets', 'overlap', 'subset_table',
+           'simulate_ecg', 'synth_ptbxl', 'write_record', 'load_weights', 'audit_trainable', 'layer_lrs',
+           'layer_splitter', 'VIT_SIZES', 'EcgViT', 'ViT1d', 'load_encoder', 'save_encoder', 'EcgArray',
+           'windows_table']
 
 # %% ../nbs/72_all.ipynb #480dabf8
 from .aggregate import Concat, Fuse, GroupMeans, Last, LastMean, Layer, OwnNorm, PlainNorm, PPA, SharedNorm, SignedStatic, Static, class_head, linear_head, mlp_head
@@ -31,6 +35,7 @@ from .attend import AttentionPool, Attentive
 from .augment import BaselineWander, LeadCutMix, LeadDropout, LeadMixUp, Noise, Powerline, Scale, Shift, TimeMask, show_augment
 from .blocks import find_blocks
 from .cache import EcgCache, RecordsSetAside, StaleCache, cache_ecg
+from .challenge_score import ChallengeScore, challenge_score, challenge_scores, challenge_weights
 from .challenges import challenge_classes, challenge_dls, challenge_labels, challenge_table, cinc2017_dls, cinc2017_table, ludb_labels, ludb_table
 from .checkpoint import Checkpoint, StopOnNonFinite, checkpoints, load_best
 from .data import ecg_dls, read_records, wfdb_dls
@@ -39,13 +44,14 @@ from .download import check_files, download_db, download_ptbxl
 from .encoder import build_arch, encoder_stack, make_vit
 from .gate import ClassPMA, GatePenalty, LeadPMA, PMA, balance_penalty, entropy_penalty, top_k
 from .headers import BadRecord, read_header
+from .intervals import Difference, Score, compare, compare_classes, delong, holm, patient_counts, score, score_classes
 from .layers import LayerStack, class_token, mean_leads, mean_tokens
 from .leads import LEADS, PMA_LEADS, derive_leads, lead_name
 from .learner import evaluate, pma_learner, predict_record, pretrain_learner, readout_learner
 from .mae import MAE
 from .masked import MaskedModel
 from .masking import masked_mse, mixture, patchify, per_lead, random_mask, same_times, time_blocks, whole_leads
-from .metrics import MacroAUROC, Score, macro_auroc, score
+from .metrics import BrierLoss, CalibrationError, MacroAUPRC, MacroAUROC, MacroF1Max, class_auprcs, class_aurocs, class_briers, class_eces, class_f1s, class_table, f1_thresholds, macro_auprc, macro_auroc, macro_f1_max
 from .mitbih import mitbih_beats, mitbih_dls, mitbih_rhythms, mitbih_table
 from .monitor import ProbeLayers
 from .paper import ecg_axes, ecg_paper
@@ -71,7 +77,10 @@ _all_ = ['Concat', 'Fuse', 'GroupMeans', 'Last', 'LastMean', 'Layer', 'OwnNorm',
          'cinc2017_dls', 'cinc2017_table', 'ludb_labels', 'ludb_table', 'ecg_dls', 'read_records', 'wfdb_dls', 'check_records', 'report', 'check_files', 'download_db', 'download_ptbxl', 'build_arch',
          'encoder_stack', 'make_vit', 'ClassPMA', 'GatePenalty', 'LeadPMA', 'PMA', 'balance_penalty', 'entropy_penalty', 'top_k', 'BadRecord', 'read_header', 'LayerStack',
          'class_token', 'mean_leads', 'mean_tokens', 'LEADS', 'PMA_LEADS', 'derive_leads', 'lead_name', 'evaluate', 'pma_learner', 'predict_record', 'pretrain_learner',
-         'readout_learner', 'MAE', 'MaskedModel', 'masked_mse', 'mixture', 'patchify', 'per_lead', 'random_mask', 'same_times', 'time_blocks', 'whole_leads', 'MacroAUROC', 'Score', 'macro_auroc', 'score', 'mitbih_beats', 'mitbih_dls',
+         'readout_learner', 'MAE', 'MaskedModel', 'masked_mse', 'mixture', 'patchify', 'per_lead', 'random_mask', 'same_times', 'time_blocks', 'whole_leads', 
+         'BrierLoss', 'CalibrationError', 'MacroAUPRC', 'MacroAUROC', 'MacroF1Max', 'class_auprcs', 'class_aurocs', 'class_briers', 'class_eces', 'class_f1s', 'class_table', 'f1_thresholds', 'macro_auprc', 'macro_auroc', 'macro_f1_max',
+         'Difference', 'Score', 'compare', 'compare_classes', 'delong', 'holm', 'patient_counts', 'score', 'score_classes', 'ChallengeScore', 'challenge_score', 'challenge_scores', 'challenge_weights',
+         'mitbih_beats', 'mitbih_dls',
          'mitbih_rhythms', 'mitbih_table', 'ProbeLayers', 'Checkpoint', 'StopOnNonFinite', 'checkpoints', 'load_best', 'Accumulate', 'Autocast', 'checkpoint_blocks', 'compile_blocks', 'ecg_axes', 'ecg_paper', 'MaskPatches', 'PretrainLearner', 'MORE_READOUTS', 'READOUTS', 'compare_readouts', 'gate_by_class', 'knn_probe', 'ridge_probe', 'layer_features', 'plot_gates',
          'plot_layers', 'probe_layers', 'Protocol', 'same_protocol', 'TASKS', 'ptbxl_classes', 'ptbxl_dls', 'ptbxl_labels', 'ptbxl_table', 'PREPROCESS', 'Preprocess',
          'content_hash', 'read_ecg', 'use_sdpa', 'assert_disjoint', 'check_patients', 'label_subsets', 'overlap', 'subset_table', 'simulate_ecg', 'synth_ptbxl', 'write_record',
