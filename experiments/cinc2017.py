@@ -23,8 +23,9 @@ from fastai_ecg_pma.aggregate import PPA, Last, PlainNorm, Static
 from fastai_ecg_pma.data import ecg_dls
 from fastai_ecg_pma.encoder import build_arch
 from fastai_ecg_pma.gate import PMA
+from fastai_ecg_pma.intervals import patient_counts
 from fastai_ecg_pma.learner import evaluate, pma_learner, pretrain_learner
-from fastai_ecg_pma.metrics import class_aurocs, one_hot, patient_counts
+from fastai_ecg_pma.metrics import class_aurocs, one_hot
 from fastai_ecg_pma.probe import frozen_learner, layer_features, probe_layers
 from fastai_ecg_pma.records import Preprocess, read_ecg, standardize
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from fastai.torch_core import no_random
 from fastai_ecg_pma.aggregate import PPA, Last
+from fastai_ecg_pma.intervals import patient_counts
 from fastai_ecg_pma.learner import pretrain_learner, split_patients
-from fastai_ecg_pma.metrics import class_aurocs, patient_counts
+from fastai_ecg_pma.metrics import class_aurocs
 from fastai_ecg_pma.monitor import ProbeLayers
 from fastai_ecg_pma.features import labelled, layer_features
 from fastai_ecg_pma.probe import ridge_probe

@@ -87,7 +87,7 @@ def p_value(point:float, drawn, without, method:str='expanded') -> float:
     if not (n := len(drawn)): return np.nan
     shape = METHODS[method](point, drawn, without)
     if point == 0: return 1.
-    q = (1 + np.sum(drawn <= 0 if point > 0 else drawn >= 0))/(n+1)
+    q = min(1 + np.sum(drawn <= 0 if point > 0 else drawn >= 0), n)/(n+1)
     tail = _tail(q, *shape) if point > 0 else 1 - _tail(1-q, *shape)
     return round(float(np.clip(2*tail, 2/(n+1), 1)), 12)
 
