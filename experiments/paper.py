@@ -25,7 +25,7 @@ from fastai_ecg_pma.aggregate import PPA, Concat, Last, Static
 from fastai_ecg_pma.attend import Attentive
 from fastai_ecg_pma.challenges import cinc2017_dls, ludb_labels, ludb_table
 from fastai_ecg_pma.checkpoint import Checkpoint
-from fastai_ecg_pma.compare import MORE_READOUTS, PMA_DEFAULT, compare_readouts, probabilities, random_like
+from fastai_ecg_pma.compare import PMA_DEFAULT, compare_readouts, last_four, probabilities, random_like
 from fastai_ecg_pma.data import ecg_dls, wfdb_dls
 from fastai_ecg_pma.features import labelled, layer_features
 from fastai_ecg_pma.gate import PMA
@@ -41,6 +41,7 @@ from fastai_ecg_pma.weights import load_encoder, save_encoder
 
 TASKS = dict(STMEM=Last, IPASTMEM=PPA)
 FEW = {'last layer':Last, 'PPA':PPA, 'static':Static, 'PMA':PMA, 'PMA, default':PMA_DEFAULT, 'concatenation':Concat, 'attentive':Attentive}
+ALL = {**FEW, 'last four':last_four}                # and the best single layer, by a ridge probe on the records that choose
 HEADS = range(5)
 BAND = dict(highpass=.5, lowpass=40)             # Hz: the PTB-XL subset comes filtered so, other records have to be
 
@@ -113,18 +114,18 @@ def layers(args, dls, encs):
                 for k,p in fitted(args, feats, f'ridge_{share}_{h}', ridge_probe, few).items(): kept[task,k,share,f'{s}/{h}'] = p
         if task != 'random' or s == args.seeds[0]:
             for h in HEADS:
-                for k,p in fitted(args, feats, f'mlp_{h}', partial(mlp_probe, h)).items(): mlp[task,k,f'{s}/{h}'] = p
+                for k,p in fitted(args, feats, f'mlp_{h}', partial(mlp_probe, h, epochs=30)).items(): mlp[task,k,f'{s}/{h}'] = p
         print('layers', task, s, flush=True)
     write(args, 'layers_ridge', summary(kept, t, patients, '8'))
     write(args, 'layers_mlp', summary(mlp, t, patients, '8'))
 
 def compared(args, enc, dls, test, readouts, seeds=HEADS):
-    return compare_readouts(enc, dls, readouts, epochs=args.head_epochs, seeds=seeds, test=test, cache=args.work/'cache', n=0, random=False, best_layer=len(readouts) > 8)
+    return compare_readouts(enc, dls, readouts, epochs=args.head_epochs, seeds=seeds, test=test, cache=args.work/'cache', n=0, random=False, best_layer=readouts is ALL)
 
 def readouts(args, dls, choose, encs):
     kept, runs, t, patients = {}, [], None, None
     for (task,s),enc in encs.items():
-        c = compared(args, enc, choose, dls, MORE_READOUTS if task != 'random' else {'last layer':Last, 'PPA':PPA, 'concatenation':Concat})
+        c = compared(args, enc, choose, dls, ALL if task != 'random' else {'last layer':Last, 'PPA':PPA, 'concatenation':Concat})
         t, patients = c.targs, c.patients
         runs.append(c.runs.assign(task=task, encoder=s))
         for name,ps in c.scores.items():
@@ -148,7 +149,7 @@ def gates(args, dls, choose, encs):
     report, by_class, drops = [], [], []
     for (task,s),enc in encs.items():
         if task == 'random': continue
-        c, on = compared(args, enc, choose, dls, MORE_READOUTS), layer_features(enc, dls, cache=args.work/'cache')
+        c, on = compared(args, enc, choose, dls, ALL), layer_features(enc, dls, cache=args.work/'cache')
         for name in ('PMA', 'PMA, default', 'static'):
             for h,learn in enumerate(c.learners[name]):
                 learn.dls = on
@@ -169,7 +170,7 @@ def ludb(args, choose, encs):
     at = table.assign(valid=np.arange(len(table)) > 0, **dict(zip(choose.vocab, y.T)))               # the first is for training, of which nothing is made: tsai's dls need one
     for (task,s),enc in encs.items():
         if task == 'random': continue
-        c = compared(args, enc, choose, args.scored, MORE_READOUTS)
+        c = compared(args, enc, choose, args.scored, ALL)
         there = wfdb_dls(args.ludb, at, 'path', list(choose.vocab), 'valid', banded(enc).prep)
         feats = layer_features(banded(enc), there, cache=args.work/'cache')
         for name in c.learners:
