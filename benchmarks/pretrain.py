@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/pretrain.py [--only mvp stmem peak malloc length memory] [--threads 1] [--seconds 20] [--device cpu] [--out benchmarks/pretrain]
 
-A step is what a `Learner` does with one batch: draw the mask, forward, loss, backward, fastai's Adam (AdamW), gradients to zero; everything is trained. Records have 12 leads and are
+A step is what a `Learner` does with one batch: draw the mask, forward, loss, backward, AdamW (`FusedAdam`), gradients to zero; everything is trained. Records have 12 leads and are
 random numbers, three quarters are hidden. Ours is `pretrain_learner` with `ViT1d`: `tiny` with its default light decoder (`LIGHT_DECODER`), `small` and `base` with ST-MEM's (256 wide, 4
 blocks) but for the row that says otherwise.
 
@@ -39,11 +39,11 @@ import numpy as np, torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner, Recorder
-from fastai.optimizer import Adam
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tsai.callback.MVP import MVP
 from tsai.models.TSiTPlus import TSiTPlus
+from fastai_ecg_pma.adam import FusedAdam
 from fastai_ecg_pma.data import ecg_dls
 from fastai_ecg_pma.learner import LIGHT_DECODER, pretrain_learner
 from fastai_ecg_pma.masking import masked_mse, patchify, random_mask
@@ -80,7 +80,7 @@ def ours(size, seq_len, ps, bs):
 def mvp(size, seq_len, ps, bs, fast=False):
     n,s = n_tokens(seq_len, ps),VIT_SIZES[size.split(',')[0]]
     model = TSiTPlus(N_LEADS, 2, n, d_model=s['d'], depth=s['n_layers'], n_heads=s['n_heads'], mlp_ratio=4, pre_norm=True, verbose=False)
-    return Learner(dls_of(n, bs), use_sdpa(model) if fast else model, loss_func=nn.MSELoss(), opt_func=partial(Adam, mom=0.9, sqr_mom=0.95), wd=0.01,
+    return Learner(dls_of(n, bs), use_sdpa(model) if fast else model, loss_func=nn.MSELoss(), opt_func=partial(FusedAdam, sqr_mom=0.95), wd=0.01,
                    cbs=MVP(r=RATIO, target_dir=tempfile.gettempdir(), save_best=False))
 
 def plain(size, seq_len, ps, bs):

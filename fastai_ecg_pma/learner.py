@@ -13,13 +13,13 @@ from functools import partial
 from pathlib import Path
 from fastai.learner import Learner
 from fastai.metrics import accuracy, mae
-from fastai.optimizer import Adam
 from fastai.torch_core import set_seed
 from fastcore.basics import listify
 from fastcore.meta import delegates
 from tsai.data.core import TSTensor
 from tsai.models.utils import ts_splitter
 
+from .adam import FusedAdam
 from .aggregate import FusedModel, Last, ReadOut, SignedStatic, Static, fused_width, mlp_head
 from .windows import RANDOM, EcgArray, aggregate_windows
 from .encoder import build_arch, encoder_stack, example, find_encoder, fit_to, is_class, make_vit, unshelve
@@ -48,7 +48,7 @@ def pretrain_learner(
     decoder:dict=None, # Arguments of `MAE`'s decoder: `d`, `n_layers`, `n_heads`; None: ST-MEM's, or a light one for an encoder at most 128 wide
     loss_func=masked_mse, # Of rebuilt patches, patches and mask; the plain error is `partial(masked_mse, standardize=False)`
     seed:int=None, # Set for reproducible weights and masks
-    opt_func=partial(Adam, mom=0.9, sqr_mom=0.95), wd=0.01, cbs=None, **kwargs) -> PretrainLearner:
+    opt_func=partial(FusedAdam, sqr_mom=0.95), wd=0.01, cbs=None, **kwargs) -> PretrainLearner:
     "Masked pretraining (ST-MEM): `fit_one_cycle`, `show_results`, then hand it to `pma_learner`"
     if seed is not None: set_seed(seed, reproducible=True)
     if arch is None: enc = make_vit(dls, size, ps)

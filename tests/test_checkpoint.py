@@ -21,12 +21,13 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders, TfmdDL
-from fastai.optimizer import OptimWrapper, SGD, ranger
+from fastai.optimizer import Adam, Lookahead, OptimWrapper, SGD, ranger
 from fastai.torch_core import set_seed
 from fastcore.foundation import L
 from tsai.data.core import get_ts_dls
 
 from fastai_ecg_pma import checkpoint, tensors
+from fastai_ecg_pma.adam import FusedAdam
 from fastai_ecg_pma.augment import Noise
 from fastai_ecg_pma.checkpoint import Checkpoint, FellBack, OtherConditions, OtherRun, load_best
 from fastai_ecg_pma.data import ecg_dls
@@ -70,10 +71,10 @@ class Dropped(MAE):
 def encoder(): return ViT1d(100, 25, d=16, n_layers=2, n_heads=1)
 
 
-def pretrainer(cbs=(), n_workers=0, dls=None, seed=0, loss_func=masked_mse, **kw):
+def pretrainer(cbs=(), n_workers=0, dls=None, seed=0, loss_func=masked_mse, opt_func=partial(FusedAdam, sqr_mom=.95), **kw):
     dls = dls or make_dls(n_workers)
     set_seed(seed)
-    return PretrainLearner(dls, Dropped(encoder(), d=16, n_layers=1, n_heads=1), loss_func=loss_func, cbs=[MaskPatches(25, .5), *cbs], **kw)
+    return PretrainLearner(dls, Dropped(encoder(), d=16, n_layers=1, n_heads=1), loss_func=loss_func, opt_func=opt_func, cbs=[MaskPatches(25, .5), *cbs], **kw)
 
 
 def reader(cbs=(), n_workers=0, **kw):
@@ -138,7 +139,7 @@ VARIANTS = dict(
     plain={}, batchnorm=dict(make=reader), accumulation=dict(cbs=lambda: [GradientAccumulation(12)]), clip=dict(cbs=lambda: [GradientClip(.1)]),
     accumulation_left_over=dict(cbs=lambda: [GradientAccumulation(1000)]), early=dict(cbs=lambda: [EarlyStoppingCallback(patience=1, min_delta=9)], f=lambda l: l.fit(5, 1e-3), at=7),
     plateau=dict(cbs=lambda: [ReduceLROnPlateau(patience=1, min_delta=9)], f=lambda l: l.fit(4, 1e-3), at=17), sgd=dict(opt_func=partial(SGD, mom=.9)), lookahead=dict(opt_func=partial(ranger, k=3)),
-    torch_adam=dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW)), train_metrics=dict(train_metrics=True, metrics=lambda pred, patches, mask: (pred - patches).abs().mean()),
+    adam=dict(opt_func=Adam), around_fused=dict(opt_func=lambda ps, lr: Lookahead(FusedAdam(ps, lr), k=3)), torch_adam=dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW)), train_metrics=dict(train_metrics=True, metrics=lambda pred, patches, mask: (pred - patches).abs().mean()),
     freezes=dict(cbs=lambda: [Freezes()], at=13),
     two_fits=dict(f=lambda l: (l.fit(2, 1e-3), l.fit_one_cycle(2, 1e-3)), fit=1, at=7), freeze_after=dict(make=reader, f=lambda l: (l.unfreeze(), l.fit(1, 1e-3), l.freeze(), l.fit(2, 1e-3)), fit=1, at=7))
 
@@ -238,12 +239,12 @@ def test_an_older_learner_of_the_process_may_not_write_on(tmp_path):
 
 def test_the_last_ones_and_the_best_are_kept(tmp_path):
     for keep in (1, 3):
-        learn = uninterrupted(pretrainer, lambda l: (l.fit(3, 1e-3), l.fit(1, .5)), tmp_path/str(keep), keep=keep, every=2)
+        learn = uninterrupted(pretrainer, lambda l: (l.fit(3, 1e-3), l.fit(1, 5.)), tmp_path/str(keep), keep=keep, every=2)
         names = [p.name.split('-')[0] for p in (tmp_path/str(keep)).glob('fit*')]
         assert Counter(names) == {'fit0': keep, 'fit1': keep}
     values = [v[1] for v in uninterrupted(pretrainer, lambda l: l.fit(3, 1e-3), tmp_path/'c').recorder.values]
     best = load_best(learn, tmp_path/'3')
-    assert best['value'] == min(values) and best['fit'] == 0                    # the second fit, at a rate of .5, made it worse
+    assert best['value'] == min(values) and best['fit'] == 0                    # the second fit, at a rate of 5, made it worse
     with learn.no_bar(): assert learn.validate()[0] == pytest.approx(min(values), abs=1e-6)
 
 
