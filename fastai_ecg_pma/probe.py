@@ -105,5 +105,5 @@ def plot_layers(probes, ax=None):
         d = d.groupby('layer')[['point','low','high']].mean()
         ax.errorbar(d.index + .06*(i-(len(lines)-1)/2), d.point, [d.point-d.low, d.high-d.point], fmt='o-', ms=4, capsize=2, lw=1, label=f'{name}, {share:.0%} of labels')
     ax.set(xlabel='layer (0: embeddings)', ylabel='macro-AUROC of a probe', xticks=sorted(probes.layer.unique()))
-    if len(lines) > 1: ax.legend(fontsize=7)
+    if len(lines) > 1: ax.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, .5))
     return ax
