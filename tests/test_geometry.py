@@ -11,9 +11,11 @@ from numpy.testing import assert_allclose
 from sklearn.linear_model import Ridge
 
 from fastai_ecg_pma.aggregate import mix
+from fastai_ecg_pma.attention import attention_maps, attention_stats, attention_weights, describe_attention
 from fastai_ecg_pma.data import ecg_dls
-from fastai_ecg_pma.geometry import (attention_maps, attention_stats, attention_weights, cka_matrix, cosine_to_last, describe_attention, effective_rank, hidden_r2, layer_cka,
-                                     layer_geometry, linear_cka, record_batches, token_norm, token_uniformity, update_coefficients, update_norm, visible_means)
+from fastai_ecg_pma.geometry import (cka_matrix, cosine_to_last, effective_rank, layer_cka, layer_geometry, linear_cka, record_batches, token_norm, token_uniformity,
+                                     update_coefficients, update_norm)
+from fastai_ecg_pma.hidden import hidden_r2, visible_means
 from fastai_ecg_pma.masking import fixed, patchify, per_lead, recorded, same_times, standardize_patches, whole_leads
 from fastai_ecg_pma.records import Preprocess
 from fastai_ecg_pma.vit1d import ViT1d, visible_tokens
