@@ -1,12 +1,13 @@
 """Is the last layer the best one to read from? The paper's question on PTB-XL records, from pretraining to transfer
 
-    OMP_NUM_THREADS=1 python experiments/paper.py PTBXL_FOLDER --ludb LUDB_FOLDER --cinc2017 CINC2017_FOLDER --work WORK [--out experiments/paper] [--stages encoders layers readouts few gates ludb cinc2017]
+    OMP_NUM_THREADS=1 python experiments/paper.py PTBXL_FOLDER --ludb LUDB_FOLDER --cinc2017 CINC2017_FOLDER --work WORK [--out experiments/paper] [--stages encoders layers leads readouts few gates ludb cinc2017]
 
 Encoders: a `tiny` ViT pretrained on folds 1-8 without labels as STMEM and as IPASTMEM, three seeds each, and three random ones of the same shape. They stay frozen. Five super-classes, scored by macro-AUROC on fold 9.
 
 layers     a probe of each layer, of their mean (PPA) and of all side by side (concat), fitted on folds 1-8 and scored on fold 9: ridge regression at 1, 10 and 100 % of the labels, the paper's MLP at 100 %
 readouts   each read-out with the paper's head trained on folds 1-7 from five seeds; the epoch is chosen on fold 8, fold 9 is scored
-few        the same with 10 % of the labels of folds 1-7, other records for each seed
+leads      the ridge probe with one mean a lead instead of one of the record, beside the plain one
+few        as readouts, with 10 % of the labels of folds 1-7, other records for each seed
 gates      of the read-outs with a gate: do weights move between records, what would mean weights cost, weights by class, what each layer is worth
 ludb       the heads trained on PTB-XL, as they are, on 60 records of another country and device; band-passed 0.5-40 Hz as this PTB-XL subset was
 cinc2017   one-lead records of a wrist-held device, read as lead I: ridge regression on four classes, every fifth record is scored
@@ -31,6 +32,7 @@ from fastai_ecg_pma.features import labelled, layer_features
 from fastai_ecg_pma.gate import PMA
 from fastai_ecg_pma.gates import drop_layers, gate_by_class, gate_report
 from fastai_ecg_pma.intervals import compare, holm, score
+from fastai_ecg_pma.layers import mean_leads
 from fastai_ecg_pma.learner import by_record, pretrain_learner
 from fastai_ecg_pma.metrics import auroc
 from fastai_ecg_pma.probe import mlp_probe, ridge_probe
@@ -119,6 +121,16 @@ def layers(args, dls, encs):
     write(args, 'layers_ridge', summary(kept, t, patients, '8'))
     write(args, 'layers_mlp', summary(mlp, t, patients, '8'))
 
+def leads(args, dls, encs):
+    kept, names = {}, {'8': 'last layer', 'PPA': 'PPA', 'concat': 'concat'}
+    for (task,s),enc in encs.items():
+        for how,pool in (('', {}), (', leads apart', dict(pool=mean_leads))):
+            feats = layer_features(enc, dls, cache=args.work/'cache', **pool)
+            ps = fitted(args, feats, 'ridge_1_0', ridge_probe)
+            for k,name in names.items(): kept[task, name+how, f'{s}/0'] = ps[k]
+        print('leads', task, s, flush=True)
+    write(args, 'leads', summary(kept, *by_record(None, labelled(feats, 1)[1], feats)[1:], 'last layer'))
+
 def compared(args, enc, dls, test, readouts, seeds=HEADS):
     return compare_readouts(enc, dls, readouts, epochs=args.head_epochs, seeds=seeds, test=test, cache=args.work/'cache', n=0, random=False, best_layer=readouts is ALL)
 
@@ -176,7 +188,8 @@ def ludb(args, choose, encs):
         for name in c.learners:
             for h,learn in enumerate(c.learners[name]): kept[task, name.split(' (')[0], f'{s}/{h}'] = probabilities(learn, feats)
     write(args, 'ludb', summary(kept, y[1:], None, 'last layer', metric=of_known(known[1:])))
-    write(args, 'ludb_classes', pd.DataFrame(dict(label=list(choose.vocab), positive=(y[1:]*known[1:]).sum(0), known=known[1:].sum(0))))
+    each = {task: np.mean([of_known(known[1:])(p, y[1:])[0] for k,p in kept.items() if k[:2] == (task, 'last layer')], 0) for task in TASKS}
+    write(args, 'ludb_classes', pd.DataFrame(dict(label=list(choose.vocab), positive=(y[1:]*known[1:]).sum(0), known=known[1:].sum(0), **each)))
 
 def one_lead(args):
     "`dls` of the middle ten seconds or so of each record, its lead called I"
@@ -201,7 +214,7 @@ if __name__ == '__main__':
     p.add_argument('folder', type=Path)
     for name in ('ludb', 'cinc2017', 'work'): p.add_argument(f'--{name}', type=Path, required=name == 'work')
     p.add_argument('--out', type=Path, default=Path('experiments/paper'))
-    p.add_argument('--stages', nargs='+', default=['encoders', 'layers', 'readouts', 'few', 'gates', 'ludb', 'cinc2017'])
+    p.add_argument('--stages', nargs='+', default=['encoders', 'layers', 'leads', 'readouts', 'few', 'gates', 'ludb', 'cinc2017'])
     p.add_argument('--epochs', type=int, default=30, help='of pretraining')
     p.add_argument('--head-epochs', type=int, default=20)
     p.add_argument('--seeds', type=int, nargs='+', default=[0,1,2])
@@ -216,6 +229,7 @@ if __name__ == '__main__':
     dls = args.scored = ptbxl_dls(args.folder, 'superdiagnostic', bs=64, cache=records)
     choose = ptbxl_dls(args.folder, 'superdiagnostic', bs=64, train_folds=range(1,8), valid_folds=[8], cache=records)
     if 'layers' in args.stages: layers(args, dls, encs)
+    if 'leads' in args.stages: leads(args, dls, encs)
     if 'readouts' in args.stages: readouts(args, dls, choose, encs)
     if 'few' in args.stages: few(args, dls, encs)
     if 'gates' in args.stages: gates(args, dls, choose, encs)
