@@ -67,8 +67,8 @@ def probe_predictions(
     y, patients = labelled(feats, 0)[1], split_patients(feats, 0)
     few = np.ones(len(y), bool) if share == 1 else label_subsets(y, patients, [share], seed)[share]
     made = probe(seed=seed) if 'seed' in inspect.signature(probe).parameters else probe()
-    about = dict(features=feats.key, probe=repr(made), share=share, seed=seed, rows=few.nonzero()[0], labels=records_hash(range(len(y)), y.tolist()))
-    return remember(cache, {**about, 'rows': about['rows'].tolist()}, lambda: dict(scores=torch.from_numpy(_fit_layers(feats, made, few))))['scores'].numpy(), int(few.sum())
+    about = dict(features=feats.key, probe=repr(made), rows=few.nonzero()[0].tolist(), labels=records_hash(range(len(y)), y.tolist()))
+    return remember(cache, about, lambda: dict(scores=torch.from_numpy(_fit_layers(feats, made, few))))['scores'].numpy(), int(few.sum())
 
 def _fit_layers(feats, probe, few):
     (H,y),(G,_) = (labelled(feats, i) for i in (0,1))
