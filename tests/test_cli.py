@@ -22,8 +22,8 @@ def test_demo_goes_through_with_a_bad_record_among_good_ones(folder, tmp_path):
     assert '1 set aside' in r.stdout and 'cut short' in r.stdout
     for name in ('random encoder', 'last layer', 'PPA', 'static', 'PMA', 'fine-tuned', 'macro-AUROC', 'labelled'): assert name in r.stdout, name
     scores = pd.read_csv(tmp_path/'out'/'scores.csv')
-    assert len(scores) == 6 and ((scores.low <= scores.point) & (scores.point <= scores.high)).all()
-    assert {p.name for p in (tmp_path/'out').iterdir()} == {'encoder', 'gates.png', 'layers.csv', 'layers.png', 'model.pkl', 'reconstruction.png', 'run.yaml', 'scores.csv'}
+    assert len(scores) == 7 and ((scores.low <= scores.point) & (scores.point <= scores.high)).all()
+    assert {p.name for p in (tmp_path/'out').iterdir()} == {'cache', 'encoder', 'gates.png', 'layers.csv', 'layers.png', 'model.pkl', 'readouts.png', 'reconstruction.png', 'run.yaml', 'scores.csv'}
     assert 'Traceback' not in r.stderr and 'Warning' not in r.stderr.replace('RecordsSetAside', ''), r.stderr
 
 
