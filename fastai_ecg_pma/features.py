@@ -13,6 +13,7 @@ from fastcore.meta import delegates
 from importlib.metadata import version
 from pathlib import Path
 from torch import nn
+from uuid import uuid4
 
 from .identity import fingerprint
 from .data import ecg_dls
@@ -97,10 +98,11 @@ def _data_of(dl):
     return dict(records=fingerprint(ds.tls[0].items), rows=fingerprint(_rows(dl)), first=hashlib.sha256(first.tobytes()).hexdigest()[:16])
 
 def _named(f):
-    "A function or module in text"
+    "A function or module in text; what has no name of its own, such as a lambda, is another one each time"
     if isinstance(f, functools.partial): return [_named(f.func), *map(repr, f.args), *(f'{k}={v!r}' for k,v in f.keywords.items())]
     if isinstance(f, nn.Module): return [repr(f), weights_hash(f)]
-    return None if f is None else f'{f.__module__}.{f.__qualname__}'
+    name = None if f is None else f'{f.__module__}.{getattr(f, "__qualname__", "<>")}'
+    return f'{name} {uuid4().hex}' if f is not None and '<' in name else name
 
 def labelled(
     dls, # Of records or features
