@@ -21,7 +21,8 @@ from .data import EcgDataLoader
 from .finite import StopOnNonFinite
 from .identity import conditions, describe, differences
 from .state import callback_state, copy_weights, deciding, named_weights, plain_loaders, set_training_state, training_state
-from .tensors import DamagedFile, pack, read_tensors, unpack, write_tensors
+from .tensorfile import DamagedFile, read_tensors, write_tensors
+from .tensors import pack, unpack
 
 # %% ../nbs/38_checkpoint.ipynb #8f2d1c61
 FORMAT, LOCK_WAIT = 1, 12               # s: so long the workers of a process that was killed may take to go

@@ -21,7 +21,7 @@ from .encoder import encoder_stack
 from .learner import batch_tfms, is_random, task_of
 from .metrics import one_hot
 from .protocol import plain, stable_hash
-from .tensors import read_tensors, write_tensors
+from .tensorfile import read_tensors, write_tensors
 
 # %% ../nbs/57_features.ipynb #fea00007
 class DamagedCache(RuntimeWarning): "A kept result is not as it was written, and is made anew"
