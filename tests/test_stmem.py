@@ -355,6 +355,7 @@ def test_a_pma_that_does_not_fit(small):
     for change, says in ((less(state, 'gating.net.0.bias'), '1 missing: gating.net.0.bias'), (state | {'gating.net.9.bias': torch.ones(1)}, '1 unexpected: gating.net.9.bias'),
                          (state | {'gating.net.7.weight': torch.ones(4, 10)}, r'wrong shape: gating.net.7.weight \(file \[4, 10\], model \[2, 10\]'),
                          (state | {'head.4.num_batches_tracked': torch.tensor(1+1j)}, r'wrong values: head.4.num_batches_tracked \(complex64\)'),
+                         (state | {'head.4.num_batches_tracked': torch.tensor(True)}, r'wrong values: head.4.num_batches_tracked \(bool\)'),
                          (state | {'head.4.num_batches_tracked': torch.tensor(1.5)}, r'wrong values: head.4.num_batches_tracked \(float32\)'),
                          (less(state, 'head.6.weight'), 'head.6.weight is missing, from which'), (state | {'gating.net.4.weight': torch.ones(10)}, 'gating.net.4.weight has the shape')):
         with pytest.raises(ValueError, match=says): load_original_pma(write(change))
