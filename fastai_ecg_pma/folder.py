@@ -80,8 +80,7 @@ def read_folder(
 
 def _from_1(c):
     "Format 1 had encoders only, without hashes"
-    if not all(isinstance(c.get(k), dict) for k in ('encoder',)) or c.get('model') != 'ViT1d': raise ValueError('a configuration of format 1 describes a ViT1d under "encoder"')
-    made = {k: v if isinstance(v, list) else v for k,v in c['encoder'].items()}
-    return dict(format=2, kind='encoder', weights=None, model={'class': 'fastai_ecg_pma.vit1d.ViT1d', 'args': made}, leads=made.get('leads'), preprocess=c.get('preprocess'))
+    if not isinstance(c.get('encoder'), dict) or c.get('model') != 'ViT1d': raise ValueError('a configuration of format 1 describes a ViT1d under "encoder"')
+    return dict(format=2, kind='encoder', weights=None, model={'class': 'fastai_ecg_pma.vit1d.ViT1d', 'args': c['encoder']}, leads=c['encoder'].get('leads'), sdpa=False, source=None, preprocess=c.get('preprocess'))
 
 MIGRATIONS = {1: _from_1}              # format: function of its configuration, to the next one
