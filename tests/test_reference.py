@@ -3,12 +3,11 @@ import json
 
 import numpy as np, pytest, torch
 
-from fastai_ecg_pma.aggregate import PPA, FusedModel, Last, ReadOut, mlp_head
-from fastai_ecg_pma.gate import PMA
+from fastai_ecg_pma.aggregate import PPA, Last
 from fastai_ecg_pma.layers import LayerStack
-from fastai_ecg_pma.mae import MAE
 from fastai_ecg_pma.masking import hide, masked_mse, patchify
-from fastai_ecg_pma.weights import encoder_config, load_encoder, make_encoder, map_original_keys
+from fastai_ecg_pma.stmem import load_original_pma, load_stmem_mae
+from fastai_ecg_pma.weights import load_encoder
 
 TOL = dict(rtol=0, atol=1e-10)
 
@@ -19,10 +18,6 @@ def ref(shared):
 
 @pytest.fixture(params=['twelve_lead_encoder', 'twelve_lead_pretrain', 'twelve_lead_pma'])
 def encoder(ref, request): return load_encoder(ref['folder']/f'{request.param}.pth').double().requires_grad_(False)
-
-def original(ref, name):
-    state = torch.load(ref['folder']/f'twelve_lead_{name}.pth', weights_only=True)['model']
-    return map_original_keys({k: v.double() if v.is_floating_point() else v for k, v in state.items()})
 
 def array(ref, name): return torch.from_numpy(ref['arrays'][name].astype(np.float64))
 
@@ -44,28 +39,18 @@ def test_fixed_read_outs(ref, encoder, fuse, name):
     agree(encoder.norm(fuse(encoder.n_layers, encoder.d)(h)), array(ref, name))
 
 def test_pma(ref):
-    state = original(ref, 'pma')
-    enc = make_encoder(encoder_config(state['encoder']), state['encoder'])
-    m = FusedModel(LayerStack(enc), ReadOut(PMA(enc.n_layers, enc.d), mlp_head(enc.d, ref['sizes']['num_classes']))).double().eval()
-    m.head.load_state_dict(state['head'])
-    m.requires_grad_(False)
+    m = load_original_pma(ref['folder']/'twelve_lead_pma.pth').double().requires_grad_(False)
     x = array(ref, 'x')
     h = m.backbone(x)
     agree(m.weights(x), array(ref, 'pma_gates'))
     agree(m.head.fuse(h), array(ref, 'pma_fused'))
-    agree(enc.norm(m.head.fuse(h)), array(ref, 'pma_normed'))
+    agree(m.backbone.norm(m.head.fuse(h)), array(ref, 'pma_normed'))
     agree(m(x), array(ref, 'pma_logits'))
-
-def masked_autoencoder(ref, all_layers):
-    s, state = ref['sizes'], original(ref, 'pretrain')
-    enc = make_encoder(encoder_config(state['encoder']), state['encoder'])
-    m = MAE(enc, s["decoder_embed_dim"], s["decoder_depth"], s["decoder_num_heads"], fuse=PPA if all_layers else Last)
-    m.double().load_state_dict({**{f'encoder.{k}': v for k, v in state['encoder'].items()}, **state['decoder']})
-    return m
 
 @pytest.mark.parametrize('task', ['stmem', 'ipastmem'])
 def test_masked_pretraining(ref, task):
-    m, x = masked_autoencoder(ref, all_layers=task == 'ipastmem'), array(ref, 'x')
+    m = load_stmem_mae(ref['folder']/'twelve_lead_pretrain.pth', fuse=PPA if task == 'ipastmem' else Last).double()
+    x = array(ref, 'x')
     noise = array(ref, 'noise')
     mask = hide(noise, .75)
     agree(mask.double(), array(ref, f'{task}_mask').double())
