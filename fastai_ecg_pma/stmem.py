@@ -89,7 +89,7 @@ class KeyAccount:
     missing:tuple = ()                                # their keys (ours, where they have no such thing) that the file lacks
     unexpected:tuple = ()                             # keys of the file that have no place
     wrong_shape:dict = field(default_factory=dict)    # {their key: (shape in the file, shape in the model)}
-    wrong_values:dict = field(default_factory=dict)   # {their key: dtype in the file}: not finite, or no numbers of the model's kind
+    wrong_values:dict = field(default_factory=dict)   # {their key: why}: 'not finite', or numbers of another kind
     ignored:dict = field(default_factory=dict)        # {their key: what it belongs to}, left out on purpose
 
     @property
@@ -97,7 +97,7 @@ class KeyAccount:
 
     def __str__(self):
         rows = {'mapped': len(self.mapped), 'missing': self.missing, 'unexpected': self.unexpected, 'wrong shape': _shapes(self.wrong_shape),
-                'not finite or no numbers of this kind': [f'{k} ({v})' for k,v in self.wrong_values.items()],
+                'wrong values': [f'{k} ({v})' for k,v in self.wrong_values.items()],
                 'ignored': [f'{n} {what}' for what,n in Counter(self.ignored.values()).items()]}
         counts = {**{k: v if isinstance(v, int) else len(v) for k,v in rows.items()}, 'ignored': len(self.ignored)}
         lines = [f'{n:6} {k}' + (f': {some(list(rows[k]))}' if n and k != 'mapped' else '') for k,n in counts.items()]
@@ -124,13 +124,14 @@ def account_keys(
     ignored, need = dict(ignored), published(model, keys)
     both = [k for k in keys if k in state]
     shape = {k: (tuple(state[k].shape), tuple(need[k].shape)) for k in both if state[k].shape != need[k].shape}
-    values = {k: str(state[k].dtype).removeprefix('torch.') for k in both if k not in shape and not _fits(state[k], need[k].dtype)}
+    values = {k: why for k in both if k not in shape and (why := _unfit(state[k], need[k].dtype))}
     return KeyAccount(file, schema, {k: keys[k] for k in both if k not in shape and k not in values},
                       (*[k for k in keys if k not in state], *_no_place(model, keys)), tuple(k for k in state if k not in keys and k not in ignored), shape, values, ignored)
 
-def _fits(v, dtype):
-    "Whether the numbers of `v` are of the same kind as `dtype`, and finite as such"
-    return v.is_floating_point() == dtype.is_floating_point and not v.is_complex() and v.dtype != torch.bool and bool(v.to(dtype).isfinite().all())
+def _unfit(v, dtype):
+    "What keeps `v` from being weights of `dtype`; None if nothing does"
+    if v.is_floating_point() != dtype.is_floating_point or v.is_complex() or v.dtype == torch.bool: return str(v.dtype).removeprefix('torch.')
+    return None if v.to(dtype).isfinite().all() else 'not finite'
 
 # %% ../nbs/43_stmem.ipynb #fe8be9a2
 def encoder_config(
@@ -139,9 +140,10 @@ def encoder_config(
     where='the state dict', # For errors
 ) -> dict: # Arguments of `ViT1d`
     "The arguments of the `ViT1d` that a published encoder fits"
-    (d,ps), n_leads, (_,n_pos,_), leads = _shape(state, 'to_patch_embedding.2.weight', 2, where), _count(state, 'lead_embeddings.', where), _shape(state, 'pos_embedding', 3, where), check_leads(leads)
-    if (pos := tuple(state['pos_embedding'].shape)) != (1, n_pos, d) or n_pos < 3: raise ValueError(
-        f'{where}: pos_embedding has the shape {list(pos)}, a width of {d} needs [1, 2 + patches a lead, {d}]')
+    d,ps = _shape(state, 'to_patch_embedding.2.weight', 2, where)
+    _,n_pos,_ = pos = _shape(state, 'pos_embedding', 3, where)
+    if pos != (1, n_pos, d) or n_pos < 3: raise ValueError(f'{where}: pos_embedding has the shape {list(pos)}, a width of {d} needs [1, 2 + patches a lead, {d}]')
+    leads, n_leads = check_leads(leads), _count(state, 'lead_embeddings.', where)
     if len(leads) != n_leads: raise ValueError(f'{where} holds {n_leads} leads, {len(leads)} names were given: {", ".join(leads)}. Name them in the order of its embeddings, leads=[…]')
     return dict(seq_len=(n_pos-2)*ps, ps=ps, d=d, n_layers=_count(state, 'block', where), n_heads=_heads(state, 'block0', d, where), leads=list(leads))
 
@@ -170,59 +172,64 @@ def _heads(state, block, d, where):
     return rows//(3*64)
 
 # %% ../nbs/43_stmem.ipynb #b5e70dfe
-def _opened(path):
-    "State dict of a file, and where it comes from"
-    state = read_state(path)
-    if twice := [k for k in state if f'encoder.{k}' in state and k.startswith('to_patch_embedding.') and not _same(state[k], state[f'encoder.{k}'])]: raise ValueError(
-        f'{path}: {some(twice)} differ from those under encoder.: which are meant?')
-    return state, dict(file=Path(path).name, sha256=file_sha256(path), schema=schema_of(state))
+_BESIDE = {'ST-MEM pretraining': {'mask_embedding': 'decoder', 'decoder_': 'decoder', 'to_decoder_embedding.': 'decoder', 'to_patch_embedding.': 'second patch embedding', 'encoder.head.': 'head'},
+           'PMA': {'gating.': 'gate', 'head.': 'head'}, 'ST-MEM encoder': {'head.': 'head'}}
 
-def _same(a, b): return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+class _File:
+    "A file under the published names: its tensors, and where they come from"
+    def __init__(self, path):
+        self.path, self.state = path, read_state(path)
+        self.schema = schema_of(self.state)
+        self.source = dict(file=Path(path).name, sha256=file_sha256(path), schema=self.schema)
+        if differ := [k for k in self.state if k.startswith('to_patch_embedding.') and not _same(self.state[k], self.state.get(f'encoder.{k}'))]: raise ValueError(
+            f'{path}: {some(differ)} differ from those under encoder.: which are meant?')
 
-def _encoder_of(state, schema, leads, where):
-    "Configuration of the encoder in a file, and the prefix of its keys there"
-    prefix = 'encoder.' if schema == 'ST-MEM pretraining' else ''
-    leads = (PMA_LEADS if schema == 'PMA' else LEADS) if leads is None else leads
-    return encoder_config({k.removeprefix(prefix): v for k,v in state.items() if k.startswith(prefix)}, leads, where), prefix
+    def encoder(self, leads):
+        "Arguments of its `ViT1d`, and the prefix of its encoder's keys"
+        prefix = 'encoder.' if self.schema == 'ST-MEM pretraining' else ''
+        leads = (PMA_LEADS if self.schema == 'PMA' else LEADS) if leads is None else leads
+        return encoder_config({k.removeprefix(prefix): v for k,v in self.state.items() if k.startswith(prefix)}, leads, self.path), prefix
 
-_BESIDE = {'ST-MEM pretraining': (('mask_embedding', 'decoder'), ('decoder_', 'decoder'), ('to_decoder_embedding.', 'decoder'), ('to_patch_embedding.', 'second patch embedding'), ('encoder.head.', 'head')),
-           'PMA': (('gating.', 'gate'), ('head.', 'head')), 'ST-MEM encoder': (('head.', 'head'),)}
+    def beside(self, only=None):
+        "`{key: what it belongs to}` of what is there beside the encoder"
+        return {k: what for k in self.state for start,what in _BESIDE[self.schema].items() if k.startswith(start) and only in (None, what)}
 
-def _beside(state, schema, only=None):
-    "`{key: what it belongs to}` of what a file holds beside its encoder"
-    return {k: what for k in state for start,what in _BESIDE[schema] if k.startswith(start) and only in (None, what)}
+def _same(a, b): return b is None or a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
 
 # %% ../nbs/43_stmem.ipynb #1221e4c3
-def _fill(make, keys, state, source, ignored, partial, where):
-    "What `make` makes, with the weights of `state`"
-    if 2*(n := sum(k in state for k in keys)) < len(keys): raise ValueError(f'{where} holds {n} of the {len(keys)} weights of a model of the size that its shapes claim')
+def _account(file, make, keys, ignored, partial):
+    "The account of `file` for what `make` makes; `ValueError` where nothing is to be loaded"
+    if 2*(n := sum(k in file.state for k in keys)) < len(keys): raise ValueError(f'{file.path} holds {n} of the {len(keys)} weights of a model of the size that its shapes claim')
     with torch.device('meta'): plan = make()
-    account = account_keys(state, keys, plan, source['file'], source['schema'], ignored)
-    if not (account.ok or partial): raise ValueError(f'{account}\nNothing was loaded. partial=True loads what fits and leaves the rest of the model as it is made')
-    if sum(t.numel() for t in plan.state_dict().values()) > 4*sum(state[k].numel() for k in account.mapped): raise ValueError(f'{account}\nWhat fits is less than a quarter of the model: it is not made')
-    model = make()
-    views = published(model, keys)
-    for k in account.mapped: views[k].copy_(state[k])
-    if not account.ok: warnings.warn(f'{account}\nWhat did not come from the file is fresh', PartialLoad, stacklevel=3)
-    return _signed(model, source, account)
+    a = account_keys(file.state, keys, plan, file.source['file'], file.schema, ignored)
+    if not (a.ok or partial): raise ValueError(f'{a}\nNothing was loaded. partial=True loads what fits and leaves the rest of the model as it is made')
+    if sum(t.numel() for t in plan.state_dict().values()) > 4*sum(file.state[k].numel() for k in a.mapped): raise ValueError(f'{a}\nWhat fits is less than a quarter of the model: it is not made')
+    return a
 
-def _signed(model, source, account):
+def _fill(file, make, keys, ignored, partial):
+    "What `make` makes, with the weights of `file`"
+    a = _account(file, make, keys, ignored, partial)
+    views = published(model := make(), keys)
+    for k in a.mapped: views[k].copy_(file.state[k])
+    if not a.ok: warnings.warn(f'{a}\nWhat did not come from the file is fresh', PartialLoad, stacklevel=3)
+    return _signed(model, file, a)
+
+def _signed(model, file, account):
     "Where `model` comes from, on itself"
-    model.source, model.account = dict(source), account
+    model.source, model.account = dict(file.source), account
     return model
 
+# %% ../nbs/43_stmem.ipynb #5819bd4a
 def load_stmem_encoder(
     path, # File under the published names, of any of the three kinds
     leads=None, # Names of its leads, in the order of its embeddings; None: `PMA_LEADS` for a PMA file, else `LEADS`
     partial:bool=False, # Load what fits, with a `PartialLoad` warning, instead of refusing
-): # With `source` (file, SHA-256, schema) and `account`
-    "The encoder in a file of ST-MEM or PMA, a `ViT1d`. `ValueError` with the account of the keys unless all is as it should be"
-    state, source = _opened(path)
-    config, prefix = _encoder_of(state, source['schema'], leads, path)
-    keys = _under(prefix, '', encoder_keys(config['n_layers'], len(config['leads'])))
-    return _fill(lambda: ViT1d(**config), keys, state, source, _beside(state, source['schema']), partial, path)
+) -> ViT1d: # With `source` (file, SHA-256, schema) and `account`
+    "The encoder in a file of ST-MEM or PMA. `ValueError` with the account of the keys unless all is as it should be"
+    file = _File(path)
+    config, prefix = file.encoder(leads)
+    return _fill(file, lambda: ViT1d(**config), _under(prefix, '', encoder_keys(config['n_layers'], len(config['leads']))), file.beside(), partial)
 
-# %% ../nbs/43_stmem.ipynb #ec311637
 def load_stmem_mae(
     path, # Pretraining file
     leads=None, # As of `load_stmem_encoder`
@@ -230,11 +237,11 @@ def load_stmem_mae(
     partial:bool=False, # As of `load_stmem_encoder`
 ) -> MAE:
     "The masked autoencoder of a pretraining file, to go on with"
-    state, source = _opened(path)
-    (config,_), decoder = _encoder_of(state, source['schema'], leads, path), decoder_config(state, path)
+    file = _File(path)
+    (config,_), decoder = file.encoder(leads), decoder_config(file.state, path)
     keys = {k: v for k,v in mae_keys(config['n_layers'], len(config['leads']), decoder['n_layers']).items() if not k.startswith('to_patch_embedding.')}
-    mae = _fill(lambda: MAE(ViT1d(**config), **decoder, fuse=fuse), keys, state, source, _beside(state, source['schema'], 'second patch embedding'), partial, path)
-    _signed(mae.encoder, source, mae.account)
+    mae = _fill(file, lambda: MAE(ViT1d(**config), **decoder, fuse=fuse), keys, file.beside('second patch embedding'), partial)
+    _signed(mae.encoder, file, mae.account)
     return mae
 
 # %% ../nbs/43_stmem.ipynb #6d8340fb
@@ -244,17 +251,17 @@ def load_original_pma(
     partial:bool=False, # As of `load_stmem_encoder`
 ) -> FusedModel: # In evaluation mode
     "The PMA authors' classifier: logits `[bs,n_out]`, and with `weights(x)` what its gate chose"
-    state, source = _opened(path)
-    if source['schema'] != 'PMA': raise ValueError(f'{path}: no key begins with gating., so this is no PMA classifier but {source["schema"]}')
-    config,_ = _encoder_of(state, 'PMA', leads, path)
-    gate, head = ([_shape(state, k, 2, path)[0] for k in ks] for ks in (('gating.net.1.weight', 'gating.net.4.weight'), ('head.2.weight', 'head.6.weight')))
+    file = _File(path)
+    if file.schema != 'PMA': raise ValueError(f'{path}: no key begins with gating., so this is no PMA classifier but {file.schema}')
+    config,_ = file.encoder(leads)
+    gate, head = ([_shape(file.state, k, 2, path)[0] for k in ks] for ks in (('gating.net.1.weight', 'gating.net.4.weight'), ('head.2.weight', 'head.6.weight')))
     def make():
         enc = ViT1d(**config)
         read = ReadOut(PMA(enc.n_layers, enc.d, hidden=gate), mlp_head(enc.d, head[1], head[0]))
         return nn.ModuleDict(dict(backbone=nn.ModuleDict(dict(encoder=enc)), head=read))       # a `LayerStack` runs its encoder, which `meta` cannot
-    m = _fill(make, pma_keys(config['n_layers'], len(config['leads'])), state, source, {}, partial, path)
-    enc = _signed(m['backbone']['encoder'], source, m.account)
-    return _signed(FusedModel(LayerStack(enc), m['head']).eval(), source, m.account)
+    m = _fill(file, make, pma_keys(config['n_layers'], len(config['leads'])), {}, partial)
+    enc = _signed(m['backbone']['encoder'], file, m.account)
+    return _signed(FusedModel(LayerStack(enc), m['head']).eval(), file, m.account)
 
 # %% ../nbs/43_stmem.ipynb #ccc8331b
 def save_stmem(
