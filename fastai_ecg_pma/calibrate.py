@@ -269,7 +269,7 @@ def calibration_table(
     scored = out[out.auroc.notna()]
     return pd.concat([out, pd.DataFrame(dict(scored.mean(), n_pos=scored.n_pos.sum()), pd.Index(['macro'], name='label'))])
 
-# %% ../nbs/48_calibrate.ipynb #94142e16
+# %% ../nbs/48_calibrate.ipynb #e09bbedd
 def wilson(k, n, level:float=.95):
     "Wilson's interval of the share `k` in `n`, arrays of any shape: low, high; NaN where `n` is 0"
     k,n = np.asarray(k, np.float64),np.where(np.asarray(n) > 0, n, np.nan)
@@ -290,7 +290,7 @@ def reliability(
     out = pd.DataFrame(dict(bin=np.arange(bins), n=n, probability=sums/np.maximum(n, 1), share=k/np.maximum(n, 1)))[there]
     return out.assign(**dict(zip(('low', 'high'), wilson(k[there], n[there], level)))).reset_index(drop=True)
 
-# %% ../nbs/48_calibrate.ipynb #0a149646
+# %% ../nbs/48_calibrate.ipynb #221e9044
 def plot_reliability(
     p, y, # `[n_records,n_labels]` probabilities as the model gives them, 0/1
     cal=None, # `Calibration`, or calibrated probabilities `[n_records,n_labels]` such as those of `cross_calibrated`
@@ -298,7 +298,7 @@ def plot_reliability(
     bins:int=15,
     axs=None, # Two axes, for the shares and for the histogram
 ):
-    "Share of positives against probability, before (grey) and after, over a histogram of the records"
+    "Share of positives against probability, before (grey) and after, over a histogram of the records; bins of at least ten are joined by a line"
     p,y = _checked_data(p, y)
     after = cal if cal is None else cal(p) if callable(cal) else check_probabilities(cal, p.shape[1])
     pick = slice(None) if label is None else list(cal.names).index(label) if isinstance(label, str) else label
@@ -306,17 +306,19 @@ def plot_reliability(
     axs[0].plot([0, 1], [0, 1], 'k:', lw=.8)
     for q,name,color in ((p, 'before' if cal is not None else None, '.55' if cal is not None else 'C0'), (after, 'after', 'C0')):
         if q is not None: _plot_bins(q[:,pick].ravel(), y[:,pick].ravel(), bins, axs, name, color)
-    axs[0].set(ylabel='share of positives', ylim=(-.03, 1.03), xlim=(-.03, 1.03), title='all labels' if label is None else str(label))
+    axs[0].set(ylabel='share of positives', ylim=(-.03, 1.03), xlim=(-.03, 1.03), )
+    axs[0].set_title('all labels' if label is None else str(label), pad=18)
     axs[1].set(xlabel='probability', ylabel='records', yscale='log', ylim=.7)
-    axs[0].legend(fontsize=7, loc='upper left', frameon=False)
+    axs[0].legend(fontsize=7, loc='lower left', bbox_to_anchor=(-.03, .985), ncols=2, columnspacing=1, handletextpad=.2, frameon=False)
     return axs
 
 def _plot_bins(p, y, bins, axs, name, color):
     r = reliability(p, y, bins)
-    axs[0].errorbar(r.probability, r.share, [r.share - r.low, r.high - r.share], fmt='o-', ms=3, lw=1, elinewidth=.8, color=color, label=f'{name + ": " if name else ""}ECE {ece(p, y, bins=bins)[0]:.3f}')
+    axs[0].errorbar(r.probability, r.share, [r.share - r.low, r.high - r.share], fmt='o', ms=3, elinewidth=.8, color=color, label=f'{name + ": " if name else ""}ECE {ece(p, y, bins=bins)[0]:.3f}')
+    axs[0].plot(r.probability.where(r.n >= 10), r.share, lw=1, color=color)
     axs[1].stairs(np.bincount(r.bin, r.n, bins), np.linspace(0, 1, bins+1), color=color)
 
-# %% ../nbs/48_calibrate.ipynb #ac846259
+# %% ../nbs/48_calibrate.ipynb #88ec0df5
 class NoThreshold(RuntimeWarning): "Labels for which no threshold can be chosen; the message names them"
 
 def choose_thresholds(
@@ -343,7 +345,7 @@ def _target(targets):
     if not 0 < target <= 1: raise ValueError(f'{kind} is {target}: a target is above 0 and at most 1')
     return kind,target
 
-# %% ../nbs/48_calibrate.ipynb #fe620963
+# %% ../nbs/48_calibrate.ipynb #a70e9598
 def cuts(p):
     "`[n_records]` -> `[n_distinct+1]`: thresholds below all scores, halfway between neighbours, and above all; inf where 1 is one of them"
     s = np.unique(p)
@@ -373,7 +375,7 @@ def threshold_table(
     cols = {f'{k}{end}': v for k,(a,n) in shares.items() for end,v in zip(('', '_low', '_high'), (np.where(n > 0, a/np.maximum(n, 1), np.nan), *wilson(a, n, level)))}
     return pd.DataFrame(dict(threshold=thresholds, n_pos=tp+fn, n_neg=tn+fp, **cols, f1=2*tp/np.maximum(2*tp+fp+fn, 1)), pd.Index(range(y.shape[1]) if names is None else list(names), name='label'))
 
-# %% ../nbs/48_calibrate.ipynb #735d1ac4
+# %% ../nbs/48_calibrate.ipynb #70489f4e
 @dataclass(frozen=True)
 class Thresholds:
     "From probabilities `[n_records,n_labels]` to yes and no"
