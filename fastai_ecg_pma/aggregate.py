@@ -88,6 +88,7 @@ class Static(Fuse):
     "One learned weight a layer, the same for every record: a softmax that begins as the mean, or with `start='last'` at the last layer"
     def __init__(self, n_layers:int, d:int, start=None):
         super().__init__(n_layers, d)
+        self.start = start
         self.scores = nn.Parameter(torch.zeros(n_layers))
         self.register_buffer('first', start_from(start, n_layers))
 
@@ -97,6 +98,7 @@ class SignedStatic(Fuse):
     "One learned weight a layer, of either sign and any sum; it begins as the mean, or with `start='last'` at the last layer"
     def __init__(self, n_layers:int, d:int, start=None):
         super().__init__(n_layers, d)
+        self.start = start
         first = start_from(start, n_layers)
         self.w = nn.Parameter(torch.full((n_layers,), 1/n_layers) if first is None else first)
 
@@ -121,16 +123,21 @@ class GroupMeans(Fuse):
 # %% ../nbs/21_aggregate.ipynb #f4ed20a4
 class PlainNorm(nn.LayerNorm):
     "LayerNorm of each entry of the stack, without parameters"
-    def __init__(self, n_layers:int, d:int): super().__init__(d, elementwise_affine=False)
+    def __init__(self, n_layers:int, d:int):
+        super().__init__(d, elementwise_affine=False)
+        self.n_layers,self.d = n_layers,d
 
 class SharedNorm(nn.LayerNorm):
     "LayerNorm of each entry of the stack, one scale and shift `[d]` for all"
-    def __init__(self, n_layers:int, d:int): super().__init__(d)
+    def __init__(self, n_layers:int, d:int):
+        super().__init__(d)
+        self.n_layers,self.d = n_layers,d
 
 class OwnNorm(nn.Module):
     "LayerNorm of each entry of the stack, a scale and shift `[d]` for each of the `1+n_layers`"
     def __init__(self, n_layers:int, d:int):
         super().__init__()
+        self.n_layers,self.d = n_layers,d
         self.weight,self.bias = nn.Parameter(torch.ones(1+n_layers, d)),nn.Parameter(torch.zeros(1+n_layers, d))
 
     def forward(self, h):

@@ -24,7 +24,7 @@ class Attentive(Fuse):
         super().__init__(n_layers, d)
         if d % n_heads: raise ValueError(f'{n_heads} heads cannot share a width of {d}: choose n_heads={max(i for i in range(1, n_heads) if d % i == 0)}')
         start_from(start, n_layers)     # refuses an unknown one
-        self.n_leads,self.start,self.norm_first = n_leads,start,start is None
+        self.n_heads,self.n_leads,self.start,self.drop,self.norm_first = n_heads,n_leads,start,drop,start is None
         self.query,self.slots = nn.Parameter(torch.empty(d)),nn.Parameter(torch.empty(n_layers, n_leads, d))
         self.attend = nn.MultiheadAttention(d, n_heads, drop, batch_first=True)
         for p in (self.query, self.slots): nn.init.normal_(p, std=0.02)
@@ -60,7 +60,8 @@ class AttentionPool(nn.Module):
         super().__init__()
         if d % n_queries: raise ValueError(f'{n_queries} queries cannot share a width of {d}: choose n_queries={max(i for i in range(1, n_queries) if d % i == 0)}')
         if start not in ('mean', None): raise ValueError(f"start {start!r} is unknown: choose 'mean' or None")
-        self.by_lead,self.queries,self.value = by_lead,nn.Parameter(torch.zeros(n_queries, d)),nn.Linear(d, d)
+        self.d,self.n_queries,self.by_lead,self.start = d,n_queries,by_lead,start
+        self.queries,self.value = nn.Parameter(torch.zeros(n_queries, d)),nn.Linear(d, d)
         if start is None: nn.init.normal_(self.queries, std=0.02)
         else: nn.init.eye_(self.value.weight); nn.init.zeros_(self.value.bias)
 

@@ -21,7 +21,7 @@ from itertools import accumulate, islice
 from pathlib import Path
 from rich.progress import Progress
 
-from .files import is_unchanged, stamp
+from .files import is_unchanged, stamp, write_text
 from .records import Preprocess
 
 # %% ../nbs/12_cache.ipynb #4d27ebc3
@@ -32,16 +32,6 @@ OWN = ('signal.bin', 'index.jsonl', 'table.json', 'manifest.json', 'lock')      
 class RecordsSetAside(RuntimeWarning): "Some records could not be used; `bad` lists them with their reasons"
 class SourcesGone(RuntimeWarning): "The records that a cache was made of are not here, so they cannot be compared with it"
 class StaleCache(ValueError): "A cache that is not of these records as they are now, or of other preprocessing"
-
-def _write(file, text):
-    "A file that is there as a whole or not at all"
-    with (tmp := file.with_name(file.name+'.tmp')).open('w', encoding='utf-8') as f:
-        f.write(text); f.flush(); os.fsync(f.fileno())
-    os.replace(tmp, file)
-    if os.name == 'posix':                                                    # so that the name outlives a power cut too
-        fd = os.open(file.parent, os.O_RDONLY)
-        try: os.fsync(fd)
-        finally: os.close(fd)
 
 def _json(raw, where):
     "JSON, or a `ValueError` that says where it is damaged"
@@ -203,7 +193,7 @@ def _in_order(f, items, n_workers):
 def _resume(out, plan, folder, names, row):
     "Cut what an earlier run left in `out` back to the records that are whole and unchanged -> their number"
     index, data = out/'index.jsonl', out/'signal.bin'
-    if not index.is_file(): data.unlink(missing_ok=True); _write(index, plan+'\n')
+    if not index.is_file(): data.unlink(missing_ok=True); write_text(index, plan+'\n')
     data.touch()
     n, at = 0, 0
     with index.open('rb') as f, data.open('rb') as s:
@@ -248,8 +238,8 @@ def _finish(out, plan, folder, table):
     bad = [e for e in map(json.loads, raw.splitlines()[1:]) if 'bad' in e]
     if len(bad) == len(table): raise ValueError(f"none of the {len(table)} records in {folder} can be used; the first: {bad[0]['bad']}")
     versions = {p: version(p) for p in ('fastai_ecg_pma', 'wfdb', 'scipy', 'numpy')}
-    _write(out/'table.json', _table_json(table))
-    _write(out/'manifest.json', json.dumps(dict(json.loads(plan), folder=str(folder), n_records=len(table)-len(bad), n_bad=len(bad),
+    write_text(out/'table.json', _table_json(table))
+    write_text(out/'manifest.json', json.dumps(dict(json.loads(plan), folder=str(folder), n_records=len(table)-len(bad), n_bad=len(bad),
         index_crc=zlib.crc32(raw), versions=versions), indent=1))
 
 # %% ../nbs/12_cache.ipynb #14ae5ecd
@@ -275,7 +265,7 @@ def cache_ecg(
             done = _resume(out, plan, folder, names, len(prep.leads)*np.dtype(prep.dtype).itemsize)
             _append(out, folder, names, done, prep, n_workers, progress)
             _finish(out, plan, folder, table)
-        elif names == cache.asked: _write(out/'table.json', _table_json(table))
+        elif names == cache.asked: write_text(out/'table.json', _table_json(table))
         else: cache = cache.select(names, table)
         if cache is None or not cache._selected: cache = EcgCache(out, prep, check_sources=False)
     if not len(cache): raise ValueError(f'none of the {len(names)} records in {folder} can be used; the first: {cache.bad.reason[0]}')

@@ -80,10 +80,10 @@ def check_copied(learn, x, model, features): close(deepcopy(learn.model)(x), lea
 def check_exported(learn, x, model, features):
     with tempfile.TemporaryDirectory() as d, warnings.catch_warnings():
         warnings.simplefilter('ignore')                                         # load_learner is a pickle, and says so
-        learn.path, was = Path(d), learn.path
-        learn.export('model.pkl')
+        learn.path, was, dls = Path(d), learn.path, learn.dls
+        try: learn.export('model.pkl')
+        finally: learn.path, learn.dls = was, dls                               # a failed export leaves them empty
         close(load_learner(Path(d)/'model.pkl').model.eval()(x), learn.model(x), 1e-6)
-        learn.path = was
 
 @torch.no_grad()
 def check_compiled(learn, x, model, features, backend='eager'):

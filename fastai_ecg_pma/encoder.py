@@ -61,6 +61,7 @@ def build_arch(
     if extra and not any(p.kind == p.VAR_KEYWORD for p in takes.values()): raise ValueError(_no_such(arch, extra, takes))
     try: model = arch(**fits, **config)
     except TypeError as e: raise ValueError(f'{arch.__name__} cannot be made with {config}: {e}') from e
+    if not hasattr(model, 'made_with'): model.made_with = {**fits, **config}                         # tsai's models forget it, `recipe` asks for it
     if dropped := [k for k in extra if _drops(arch, fits, config, k, model)]: raise ValueError(_no_such(arch, dropped, takes))
     return model
 

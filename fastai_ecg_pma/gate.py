@@ -58,7 +58,7 @@ class PMA(Fuse):
     ):
         super().__init__(n_layers, d)
         if reads not in GATE_INPUTS: raise ValueError(f'the gate cannot read {reads!r}: choose one of {", ".join(GATE_INPUTS)}')
-        self.reads,self.choose = reads,choose
+        self.hidden,self.drop,self.train_gate,self.reads,self.choose,self.start = hidden,drop,train_gate,reads,choose,start
         width = GATE_INPUTS[reads](torch.zeros(1, 1+n_layers, d)).shape[-1]
         self.gate = gate_net(width, n_layers*self.n_gates, hidden, drop)
         self.register_buffer('first', start_from(start, n_layers))
@@ -92,7 +92,7 @@ class LeadPMA(PMA):
 class ClassPMA(PMA):
     "PMA with weights for each class: `[bs,n_layers,n_out]`, `z` `[bs,n_out,d]`, for `class_head`"
     def __init__(self, n_layers:int, d:int, n_out:int, **kwargs):
-        self.n_gates = n_out            # before the gate is made
+        self.n_gates = self.n_out = n_out            # before the gate is made
         super().__init__(n_layers, d, **kwargs)
         self.gate.append(nn.Unflatten(-1, (n_out,n_layers)))
 

@@ -7,7 +7,7 @@ __all__ = ['gate_weights', 'effective_layers', 'gate_by_class', 'plot_gates', 'C
            'plot_layer_drops', 'prune']
 
 # %% ../nbs/63_gates.ipynb #gat00004
-import warnings
+import inspect, warnings
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from contextlib import contextmanager
 from copy import deepcopy
@@ -169,6 +169,7 @@ def _lower_blocks(stack, used, learn):
         if not isinstance(blocks, (nn.ModuleList, nn.Sequential)): raise ValueError(f'the blocks of {type(enc).__name__} are no list that could be cut')
         del blocks[len(blocks) - sum(p.rpartition('.')[0] == parent for p in top):]
     if hasattr(enc, 'config'): enc.config['n_layers'] = enc.n_layers = used
+    elif hasattr(enc, 'made_with'): enc.made_with = {**enc.made_with, **{k: used for k in ('n_layers', 'depth', 'num_encoder_layers') if k in inspect.signature(type(enc)).parameters}}
     first = batch_tfms(learn.dls.valid, torch.as_tensor(np.asarray(learn.dls.valid.dataset[:3][0])).to(next(enc.parameters()).device))
     return LayerStack(enc, first, pool=stack.pool, normed=stack.normed)
 

@@ -64,23 +64,27 @@ def read_ecg(
     leads = check_leads(leads)
     if missing not in ('error', 'nan'): raise ValueError(f"missing is {missing!r}: 'error' or 'nan'")
     with opened(path) as (stem,h):
-        names, idx = _places(h, leads, derive, path)
+        names, idx = _places(h.sig_name, leads, derive, path)
         signals, rates = _read_signals(stem, h, [i for i in idx if i is not None], path)
+    return _arrange(signals, rates, h.sig_name, names, idx, len(leads), fs, missing, derive, (highpass, lowpass, order, notch), path)
+
+def _arrange(signals, rates, have, names, idx, n_leads, fs, missing, derive, filters, path):
+    "`[n_leads,n]` at `fs` Hz, filtered, and `fs`; from `signals` `{place: [n]}` at `rates` among the names `have`, wanted under `names` from `idx`"
     fs = fs or max(rates.values())
     x = _stack([signals.get(i) for i in idx], [rates.get(i) for i in idx], fs, path)
     if derive: x = derive_leads(x, names)
-    x = x[:len(leads)]
-    if missing == 'error' and (gone := [l for l,i,nan in zip(leads, idx, np.isnan(x).all(1)) if i is None and nan]): raise BadRecord(
-        f"{path}: lead {gone[0]} is missing, it has {', '.join(h.sig_name)}. missing='nan' reads the others" + ('' if derive else ', derive=True calculates limb leads'))
-    try: return zero_phase(x, fs, highpass, lowpass, order, notch).astype(np.float32), fs
+    x = x[:n_leads]
+    if missing == 'error' and (gone := [l for l,i,nan in zip(names, idx, np.isnan(x).all(1)) if i is None and nan]): raise BadRecord(
+        f"{path}: lead {gone[0]} is missing, it has {', '.join(have)}. missing='nan' reads the others" + ('' if derive else ', derive=True calculates limb leads'))
+    try: return zero_phase(x, fs, *filters).astype(np.float32), fs
     except ValueError as e: raise BadRecord(f'{path}: {e}') from e
 
-def _places(h, leads, derive, path):
-    "Names to read (limb leads to derive from come last) and their places in the file, None where missing"
+def _places(have, leads, derive, path):
+    "Names to read (limb leads to derive from come last) and their places among those that a file has, None where missing"
     names = [*leads, *(l for l in LIMB if derive and l not in leads)]
-    try: idx = find_leads(h.sig_name, names)
+    try: idx = find_leads(have, names)
     except ValueError as e: raise BadRecord(f'{path}: {e}') from e
-    if all(i is None for i in idx): raise BadRecord(f"{path}: none of {', '.join(names)} is there, it has {', '.join(h.sig_name)}")
+    if all(i is None for i in idx): raise BadRecord(f"{path}: none of {', '.join(names)} is there, it has {', '.join(have)}")
     return names, idx
 
 MAX_UPSAMPLING = 20        # so that a small file cannot ask for much memory by a tiny rate
@@ -132,6 +136,20 @@ class Preprocess:
     def read(self, path):
         "`[n_leads,length]` of `dtype`: the whole record in mV, leads that are missing as NaN"
         x,_ = read_ecg(path, self.leads, self.fs, self.missing, self.derive, self.highpass, self.lowpass, self.order, self.notch)
+        return self._checked(x, path)
+
+    def take(self, x, fs:float, leads, name='the signal'):
+        "The same of `x` `[n,n_leads]` in mV at `fs` Hz, whose columns are `leads`: for what does not come from a WFDB file"
+        x, leads = np.asarray(x, np.float64), check_leads(leads)
+        if x.ndim != 2 or x.shape[1] != len(leads) or not len(x): raise BadRecord(f'{name} is of shape {list(x.shape)}: expected [samples, {len(leads)}] for {", ".join(leads)}')
+        if not (np.isfinite(fs) and fs > 0) or np.isinf(x).any(): raise BadRecord(f'{name}: fs is {fs}, its largest value {np.nanmax(np.abs(x)):.3g} mV: both must be finite, and fs above 0 Hz')
+        names, idx = _places(leads, self.leads, self.derive, name)
+        have = [i for i in idx if i is not None]
+        return self._checked(_arrange({i: x[:,i] for i in have}, dict.fromkeys(have, fs), leads, names, idx, len(self.leads), self.fs, self.missing, self.derive,
+                                      (self.highpass, self.lowpass, self.order, self.notch), name)[0], name)
+
+    def _checked(self, x, path):
+        "`x` as `dtype`, without holes unless they are allowed"
         hole = np.isnan(x).sum(1)
         if self.missing == 'error' and hole.any():
             i = np.flatnonzero(hole)[0]

@@ -64,6 +64,7 @@ class ViT1d(nn.Module):
         if seq_len % ps: raise ValueError(f'seq_len {seq_len} is not a multiple of the patch size {ps}: choose one that divides it')
         self.seq_len,self.ps,self.d,self.n_layers,self.n_patches = seq_len,ps,d,n_layers,seq_len//ps
         self.config = dict(seq_len=seq_len, ps=ps, d=d, n_layers=n_layers, n_heads=n_heads, leads=[lead_name(l) for l in leads])
+        self.drop_path,self.drop = drop_path,drop
         self.embed = nn.Sequential(nn.LayerNorm(ps), nn.Linear(ps, d), nn.LayerNorm(d))
         self.register_buffer('pos', sincos_positions(self.n_patches, d))
         self.sep, self.lead = nn.Parameter(torch.empty(d)), nn.Parameter(torch.empty(len(leads), d))
@@ -73,6 +74,8 @@ class ViT1d(nn.Module):
         for p in (self.sep, self.lead): nn.init.normal_(p, std=0.02)
         self.use_leads(leads)
 
+    @property
+    def made_with(self): return dict(self.config, drop_path=self.drop_path, drop=self.drop)        # for `recipe`
     @property
     def known_leads(self): return self.config['leads']
 
