@@ -26,7 +26,7 @@ from fastai.torch_core import set_seed
 from fastcore.foundation import L
 from tsai.data.core import get_ts_dls
 
-from fastai_ecg_pma import checkpoint, tensorfile
+from fastai_ecg_pma import checkpoint, files, tensorfile
 from fastai_ecg_pma.adam import FusedAdam
 from fastai_ecg_pma.augment import Noise
 from fastai_ecg_pma.checkpoint import Checkpoint, FellBack, OtherConditions, OtherRun, load_best
@@ -291,7 +291,8 @@ def test_a_file_is_synced_before_it_has_its_name_and_the_folder_after(tmp_path, 
         def __getattr__(self, k): return getattr(os, k)
         def fsync(self, fd): calls.append(('fsync', Path(os.readlink(f'/proc/self/fd/{fd}')).name, os.fstat(fd).st_size)); os.fsync(fd)
         def replace(self, a, b): calls.append(('replace', Path(a).name, Path(b).name)); os.replace(a, b)
-    monkeypatch.setattr(tensorfile, 'os', Os())
+    fake = Os()
+    for m in (tensorfile, files): monkeypatch.setattr(m, 'os', fake)
     tensorfile.write_tensors(tmp_path/'x.safetensors', dict(a=torch.zeros(9)))
     assert [c[:2] for c in calls] == [('fsync', 'x.safetensors.tmp'), ('replace', 'x.safetensors.tmp'), ('fsync', tmp_path.name)]
     assert calls[0][2] == (tmp_path/'x.safetensors').stat().st_size                # all of it was handed to the system before
