@@ -140,8 +140,7 @@ def predict(
 @patch
 def _record(self:Predictor, path):
     "Windows of a record, and what is odd about it"
-    row = check_record(path, self.prep)
-    x = self.prep.windows(path)
+    row, x = check_record(path), self.prep.windows(path)
     return x, [f'{what}: {detail}' for verdict,what,detail in row['found'] if verdict != 'remark'] + self._of_rate(row['fs'], row['seconds'])
 
 @patch
