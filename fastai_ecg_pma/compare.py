@@ -27,6 +27,7 @@ from .learner import by_record, readout_learner
 from .metrics import macro_auroc
 from .probe import probe_layers
 from .protocol import records_hash
+from .recipe import recipe
 
 # %% ../nbs/62_compare.ipynb #cmp00007
 def last_four(n_layers:int, d:int): return LastMean(n_layers, d, min(4, n_layers))
@@ -83,14 +84,6 @@ def _run(feats, tests, kwargs, epochs, lr, seed):
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs, lr, cbs=keep)
     out = dict(valid=probabilities(learn, feats), test=probabilities(learn, tests), best=np.float64(keep.best), epoch=np.int64(keep.at), seconds=np.float64(time.perf_counter()-t0))
     return {**{k: torch.as_tensor(v) for k,v in out.items()}, **{f'head.{k}': v.cpu() for k,v in learn.model.head.state_dict().items()}}
-
-def _named(o):
-    "Functions, classes and arguments in text, for what a result depends on"
-    if isinstance(o, dict): return {k: _named(v) for k,v in o.items()}
-    if isinstance(o, partial): return dict(function=_named(o.func), args=[_named(a) for a in o.args], kwargs=_named(o.keywords))
-    if not callable(o): return o
-    if '<' in (name := f'{o.__module__}.{o.__qualname__}'): raise ValueError(f'{name} has no name of its own, so what it gave cannot be kept: use a function of a module or `partial`, or cache=None')
-    return name
 
 # %% ../nbs/62_compare.ipynb #cmp00011
 @dataclass
@@ -178,7 +171,7 @@ def _remembered(cache, feats, tests, kwargs, epochs, lr, seed):
     make = lambda: _run(feats, tests, kwargs, epochs, lr, seed)
     if cache is None: return make()
     y = [records_hash(range(len(v)), v.tolist()) for v in (labelled(feats, i)[1] for i in (0,1))]
-    return remember(cache, dict(features=feats.key, tests=tests.key, labels=y, readout=_named(kwargs), bs=feats.bs, epochs=epochs, lr=lr, seed=seed), make)
+    return remember(cache, dict(features=feats.key, tests=tests.key, labels=y, readout=recipe(kwargs), bs=feats.bs, epochs=epochs, lr=lr, seed=seed), make)
 
 def _learner(feats, kwargs, out):
     learn = frozen_learner(feats, **kwargs)

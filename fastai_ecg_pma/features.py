@@ -6,7 +6,7 @@
 __all__ = ['DamagedCache', 'remember', 'layer_features', 'features_of', 'weights_hash', 'labelled', 'FeatureStack']
 
 # %% ../nbs/57_features.ipynb #fea00004
-import functools, hashlib, json, warnings
+import hashlib, json, warnings
 import numpy as np, torch
 from copy import deepcopy
 from fastcore.meta import delegates
@@ -21,6 +21,7 @@ from .encoder import encoder_stack
 from .learner import batch_tfms, is_random, task_of
 from .metrics import one_hot
 from .protocol import plain, stable_hash
+from .recipe import recipe
 from .tensorfile import read_tensors, write_tensors
 
 # %% ../nbs/57_features.ipynb #fea00007
@@ -83,7 +84,7 @@ def features_of(
     "All that pooled features depend on, in plain words and hashes"
     enc = stack.encoder
     return dict(library=version('fastai_ecg_pma'), encoder=type(enc).__qualname__, weights=weights_hash(enc), leads=list(getattr(enc, 'leads', [])), layers=list(stack.chosen),
-                pool=_named(stack.pool), normed=stack.normed, prep=dls.prep.as_dict() if getattr(dls, 'prep', None) else None, train=_data_of(dls.train), valid=_data_of(dls.valid))
+                pool=_pool(stack.pool), normed=stack.normed, prep=dls.prep.as_dict() if getattr(dls, 'prep', None) else None, train=_data_of(dls.train), valid=_data_of(dls.valid))
 
 def weights_hash(model) -> str:
     "16 hex digits of all parameters and buffers and of how the model prints"
@@ -97,12 +98,11 @@ def _data_of(dl):
     first = batch_tfms(dl, torch.as_tensor(np.asarray(ds[:2][0]))).cpu().contiguous().numpy()      # what the batch transforms do shows in it
     return dict(records=fingerprint(ds.tls[0].items), rows=fingerprint(_rows(dl)), first=hashlib.sha256(first.tobytes()).hexdigest()[:16])
 
-def _named(f):
-    "A function or module in text; what has no name of its own, such as a lambda, is another one each time"
-    if isinstance(f, functools.partial): return [_named(f.func), *map(repr, f.args), *(f'{k}={v!r}' for k,v in f.keywords.items())]
+def _pool(f):
+    "A way of pooling in text; what has no name of its own, such as a lambda, is another one each time"
     if isinstance(f, nn.Module): return [repr(f), weights_hash(f)]
-    name = None if f is None else f'{f.__module__}.{getattr(f, "__qualname__", "<>")}'
-    return f'{name} {uuid4().hex}' if f is not None and '<' in name else name
+    try: return recipe(f)
+    except ValueError: return uuid4().hex
 
 def labelled(
     dls, # Of records or features

@@ -38,7 +38,7 @@ from .vit1d import ViT1d
 @delegates(Learner.__init__, but='loss_func,metrics')
 def pretrain_learner(
     dls, # Labels in it are ignored
-    arch=None, # Encoder: a module, a path, a learner to go on with, a tsai class or its name; None: a fresh `ViT1d` that fits `dls`
+    arch=None, # Encoder: a module, a path, a learner to go on with, a tsai class or its name; an `MAE`, which keeps its decoder; None: a fresh `ViT1d` that fits `dls`
     fuse=Last, # What is decoded: `Last` layer (STMEM), the mean of all by `PPA` (IPASTMEM), any `Fuse`
     mask=None, # Way of hiding, such as `time_blocks`; None: `per_lead`, or `same_times` for a model whose tokens mix the leads
     ratio=0.75, # Share of patches to hide; or a function of the share of training done
@@ -53,11 +53,15 @@ def pretrain_learner(
     if seed is not None: set_seed(seed, reproducible=True)
     if arch is None: enc = make_vit(dls, size, ps)
     else: enc = fit_to(unshelve(find_encoder(build_arch(dls, arch, arch_config) if is_class(arch) else arch)), dls)
-    model = _masked_autoencoder(enc, dls, ps, fuse, decoder)
+    model = _as_it_is(arch, fuse, decoder) if isinstance(arch, MAE) else _masked_autoencoder(enc, dls, ps, fuse, decoder)
     hide = MaskPatches(model.ps, ratio, mask or (same_times if model.mixes_leads else per_lead))
     learn = PretrainLearner(dls, model, loss_func=loss_func, opt_func=opt_func, wd=wd, cbs=[hide, AsOneProcess(), *listify(cbs)], **kwargs)
     learn.seed = seed
     return learn
+
+def _as_it_is(mae, fuse, decoder):
+    if decoder or fuse is not Last: raise ValueError('an MAE has its decoder, and decodes what it was made for: give its encoder, `mae.encoder`, for another one')
+    return mae
 
 LIGHT_DECODER = dict(d=64, n_layers=2, n_heads=1)
 

@@ -17,6 +17,7 @@ from fastai_ecg_pma.layers import LayerStack
 from fastai_ecg_pma.leads import LEADS, PMA_LEADS
 from fastai_ecg_pma.mae import MAE
 from fastai_ecg_pma.masking import masked_mse, patchify
+from fastai_ecg_pma.predict import Predictor, load_pma
 from fastai_ecg_pma.records import PREPROCESS, Preprocess
 from fastai_ecg_pma.stmem import PartialLoad, load_original_pma, load_stmem_mae, save_stmem
 from fastai_ecg_pma.vit1d import ViT1d
@@ -372,3 +373,18 @@ def test_folder_has_no_use_for_what_files_need(tmp_path, small):
         with pytest.raises(ValueError, match='is a folder'): load_encoder(tmp_path/'enc', **kwargs)
     with pytest.raises(ValueError, match='leave prep out'): load_encoder(tmp_path/'enc', prep=Preprocess(seq_len=200, fs=250))
     assert load_encoder(tmp_path/'enc', prep=Preprocess(seq_len=200)).prep == enc.prep
+
+
+def test_a_pma_checkpoint_becomes_a_folder_that_answers(file, arrays, tmp_path):
+    "Labels and preprocessing are said once; afterwards the folder gives the logits of the fixture, and says where its encoder came from"
+    model = load_original_pma(file('pma'))
+    names = [f'label {i}' for i in range(arrays['pma_logits'].shape[1])]
+    Predictor(model, Preprocess(PMA_LEADS, 100, 300), names).save(tmp_path/'pma')
+    back = load_pma(tmp_path/'pma')
+    x = torch.from_numpy(arrays['x']).float()
+    with torch.no_grad(): logits, gates = back.model(x), back.model.weights(x)
+    np.testing.assert_allclose(logits, arrays['pma_logits'], atol=1e-5)
+    np.testing.assert_allclose(gates, arrays['pma_gates'], atol=1e-5)
+    source = back.model.backbone.encoder.source
+    assert source['sha256'] == sha256(file('pma').read_bytes()).hexdigest() and source['sha256'] in (tmp_path/'pma'/'README.md').read_text()
+    assert load_encoder(tmp_path/'pma').source == source
