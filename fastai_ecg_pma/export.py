@@ -35,7 +35,7 @@ class WindowModel(nn.Module):
 
     def forward(self, x):
         m, h = self.model, self.model.stack(x)
-        h = h.reshape(x.shape[0], *h.shape[1:])                              # the same; but ONNX has lost by then that the first size is that of x
+        h = h.reshape(x.shape[0], *map(int, h.shape[1:]))                    # the same; but the exporter has lost by then which sizes are those of x, and which are fixed
         y = ACTIVATIONS[self.task](m.head(h, m.backbone.norm))
         return (y, m.head.fuse.weights(m.head.normed(h, m.backbone.norm))) if 'gate' in self.outputs else (y,)
 
