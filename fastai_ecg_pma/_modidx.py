@@ -662,7 +662,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fastai_ecg_pma.export._cpu_predictor': ('export.html#_cpu_predictor', 'fastai_ecg_pma/export.py'),
                                        'fastai_ecg_pma.export._kept_if_good': ('export.html#_kept_if_good', 'fastai_ecg_pma/export.py'),
                                        'fastai_ecg_pma.export._optional': ('export.html#_optional', 'fastai_ecg_pma/export.py'),
-                                       'fastai_ecg_pma.export._plain': ('export.html#_plain', 'fastai_ecg_pma/export.py'),
+                                       'fastai_ecg_pma.export._without_nan': ('export.html#_without_nan', 'fastai_ecg_pma/export.py'),
                                        'fastai_ecg_pma.export.check_parity': ('export.html#check_parity', 'fastai_ecg_pma/export.py'),
                                        'fastai_ecg_pma.export.export_facts': ('export.html#export_facts', 'fastai_ecg_pma/export.py'),
                                        'fastai_ecg_pma.export.export_onnx': ('export.html#export_onnx', 'fastai_ecg_pma/export.py'),

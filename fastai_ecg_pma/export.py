@@ -16,7 +16,6 @@ from pathlib import Path
 from torch import nn
 
 from .folder import versions
-from .layers import LayerStack
 from .predict import ACTIVATIONS, Predictor, predictor
 from .records import READ_VERSION
 from .tensorfile import file_sha256, write_tensors
@@ -30,7 +29,7 @@ class WindowModel(nn.Module):
         super().__init__()
         if p.prep.fill is None: raise ValueError('its preprocessing leaves NaN in windows, a graph has no way to find it: predictions need Preprocess(fill=0)')
         gates = p._outputs(torch.zeros(1, len(p.prep.leads), p.prep.seq_len))[1] is not None
-        self.model, self.task, self.outputs = _plain(deepcopy(p.model).cpu()), p.task, ['probability', 'gate'] if gates else ['probability']
+        self.model, self.task, self.outputs = _without_nan(deepcopy(p.model).cpu()), p.task, ['probability', 'gate'] if gates else ['probability']
         self.requires_grad_(False).eval()
 
     def forward(self, x):
@@ -39,10 +38,9 @@ class WindowModel(nn.Module):
         y = ACTIVATIONS[self.task](m.head(h, m.backbone.norm))
         return (y, m.head.fuse.weights(m.head.normed(h, m.backbone.norm))) if 'gate' in self.outputs else (y,)
 
-def _plain(model):
-    "In place, with the same outputs for windows without NaN"
+def _without_nan(model):
+    "In place: `TSTPlus` no longer looks for NaN, a branch that no graph can hold"
     for m in model.modules():
-        if isinstance(m, LayerStack) and not len(m.special_idx): del m.special_idx; m.special_idx = slice(0, 0)
         if getattr(m, 'key_padding_mask', None) == 'auto': m.key_padding_mask = False
     return model
 
@@ -133,7 +131,7 @@ def export_onnx(
 
 def _cpu_predictor(p):
     p = p if isinstance(p, Predictor) else predictor(p, score=False)
-    return replace(p, model=deepcopy(p.model).cpu())
+    return p if next(p.model.parameters()).device.type == 'cpu' else replace(p, model=deepcopy(p.model).cpu())
 
 # %% ../nbs/52_export.ipynb #dae462af
 @torch.no_grad()

@@ -166,6 +166,7 @@ def test_parity_asks_for_every_output(pma):
     outputs = ['probability', 'gate']
     check_parity(pma, pma._outputs, outputs)
     with pytest.raises(ValueError, match='shorter'): check_parity(pma, lambda x: pma._outputs(x)[:1], outputs)
+    with pytest.raises(ValueError, match='gate of 1 windows is .1, 1., the model gives .1, 3.'): check_parity(pma, lambda x: (pma._outputs(x)[0], pma._outputs(x)[1][:,:1]), outputs)
     with pytest.raises(ValueError, match='probability of 1 windows'): check_parity(pma, lambda x: (pma._outputs(x)[0]*np.nan, pma._outputs(x)[1]), outputs)
     with pytest.raises(ValueError, match='of 7 windows'): check_parity(pma, lambda x: pma._outputs(x if len(x) < 7 else x.flip(0)), outputs)
 
