@@ -110,9 +110,10 @@ def at_most(n:int):
     finally: hook.remove()
 
 class _Without(TorchFunctionMode):
-    "Beside `torch.device('meta')`: a device that is named, `torch.normal`, and the rates of stochastic depth, which are read as numbers"
+    "Beside `torch.device('meta')`: a device that is named, `torch.normal`, the rates of stochastic depth, which are read as numbers, and a check of values (`PMA` of its safe start), which passes until it is made in earnest"
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        if func is torch.Tensor.__bool__ and args[0].is_meta: return False
         if func is torch.normal or kwargs.get('device') is not None: kwargs['device'] = 'meta'
         if func is torch.linspace and max(v for v in [*args, *kwargs.values()] if isinstance(v, (int, float))) <= 10_000: kwargs['device'] = 'cpu'
         return func(*args, **kwargs)

@@ -94,3 +94,142 @@ def gates_by_record(learn, dls):
     "Mean weights of layers over a record's windows, written another way"
     with torch.no_grad(): w = learn.model.eval().weights(torch.as_tensor(np.asarray(dls.valid.dataset[:][0])))
     return pd.DataFrame(w.numpy()).groupby(dls.record[np.asarray(dls.valid.dataset.split_idxs)]).mean().to_numpy()
+
+
+# ---- every read-out, head and encoder
+
+X = torch.randn(24, 12, 500, generator=torch.Generator().manual_seed(0)).numpy()
+PREP = Preprocess(fs=100, seq_len=500, stride=500)
+
+def made_up(y, vocab=None): return ecg_dls(X, y, vocab, np.arange(24) >= 16, PREP, bs=8)
+
+def of_task(task):
+    n = np.arange(24)
+    return dict(labels=lambda: made_up(np.stack([n % 2, n % 3 == 0, n % 5 == 0], 1).astype(np.float32), ['MI', 'NORM', 'CD']), **{'class': lambda: made_up(n % 3, ['a', 'b', 'c'])},
+                numbers=lambda: made_up(np.stack([n, -n], 1).astype(np.float32)))[task]()
+
+class Mine(Fuse):
+    "Somebody's own read-out"
+    def __init__(self, n_layers, d, sharp=2.):
+        super().__init__(n_layers, d)
+        self.sharp, self.u = sharp, nn.Parameter(torch.zeros(n_layers))
+    def weights(self, h): return (self.sharp*self.u).softmax(-1).expand(len(h), -1)
+
+class MyEncoder(nn.Module):
+    "Somebody's own encoder, which does not keep its argument"
+    def __init__(self, width):
+        super().__init__()
+        self.embed = nn.Linear(50, width)
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(width, 2, 32, 0., batch_first=True) for _ in range(3))
+    def forward(self, x):
+        h = self.embed(x.mean(1).unflatten(-1, (-1, 50)))
+        for b in self.blocks: h = b(h)
+        return h
+
+tsai = lambda name, **config: dict(arch=name, arch_config=config)
+TST = dict(n_layers=3, d_model=16, n_heads=2, d_ff=32)
+TSIT = dict(token_size=50, depth=3, d_model=16, n_heads=2)
+PMA_SMALL = partial(PMA, hidden=(16,8))
+
+READOUTS = {
+    'last': dict(readout=Last), 'a layer': dict(readout=partial(Layer, l=1)), 'embeddings': dict(readout=partial(Layer, l=0)), 'PPA': dict(readout=PPA), 'mean of two': dict(readout=partial(LastMean, k=2)),
+    'static': dict(readout=partial(Static, start='last')), 'signed': dict(readout=SignedStatic), 'PMA': dict(), 'PMA, default': PMA_DEFAULT, 'PMA, safe start': dict(readout=partial(PMA, hidden=(16,8), start='last')),
+    'PMA, top 2': dict(readout=partial(PMA, choose=partial(top_k, k=2))), 'PMA, untrained gate': dict(readout=partial(PMA, train_gate=False)), 'PMA of all': dict(readout=partial(PMA, reads='all')),
+    'leads': dict(readout=partial(LeadPMA, hidden=(16,8)), pool=mean_leads), 'classes': dict(readout=partial(ClassPMA, n_out=3, hidden=(16,8)), head=class_head),
+    'attentive': dict(readout=partial(Attentive, n_heads=4, start='last')), 'attentive, leads': dict(readout=partial(Attentive, n_heads=2, n_leads=12), pool=mean_leads), 'concat': dict(readout=Concat),
+    'groups': dict(readout=partial(GroupMeans, n_groups=2)), 'token pool': dict(token_pool=partial(AttentionPool, n_queries=2)), 'token pool by lead': dict(readout=LeadPMA, token_pool=partial(AttentionPool, by_lead=True)),
+    'own norm': dict(layer_norm=OwnNorm), 'shared norm': dict(readout=Static, layer_norm=SharedNorm), 'linear head': dict(head=linear_head), 'two layers': dict(layers=[1,3]), 'last two': dict(layers=2), 'normed': dict(normed=True),
+    'a head of ours': dict(head=lambda d, n: nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 8, bias=False), nn.GELU(), nn.Linear(8, n))),
+}
+ENCODERS = {
+    'TSTPlus': tsai('TSTPlus', **TST), 'TSTPlus, SDPA': dict(tsai('TSTPlus', **TST, res_attention=False), sdpa=True), 'TSiTPlus': tsai('TSiTPlus', **TSIT), 'TSiTPlus, SDPA': dict(tsai('TSiTPlus', **TSIT), sdpa=True),
+    'TST': tsai('TST', **TST), 'gMLP': tsai('gMLP', patch_size=5, d_model=16, d_ffn=32, depth=3),
+    'PatchTST': tsai('PatchTST', **TST), 'TSPerceiver': dict(tsai('TSPerceiver', n_latents=8, d_latent=16, n_layers=3, self_n_heads=2), readout=partial(PMA, reads='mean')),
+    'EcgViT': tsai('EcgViT', **PATCH), 'ViT, stochastic depth': dict(arch=lambda dls: make_vit(dls, **PATCH, drop_path=.2, drop=.1)),
+    'six leads asked of a ViT': dict(arch=lambda dls: _with_more_leads(dls)),
+}
+TASKS = {'one class': ('class', {}), 'numbers': ('numbers', {}), 'one class, last': ('class', dict(readout=Last))}
+THEIRS = {'a read-out of theirs': (dict(readout=Mine), dict(known=[Mine])), 'a choice of theirs': (dict(readout=partial(PMA, choose=lambda s: s)), None),
+          'an encoder of theirs': (dict(arch=lambda dls: MyEncoder(16)), dict(module=lambda: MyEncoder(16)))}
+
+def _with_more_leads(dls):
+    "A ViT that knows more leads than are read, in another order"
+    from fastai_ecg_pma.vit1d import ViT1d
+    enc = ViT1d(500, leads=[*PREP.leads[::-1], 'X'], **{k: v for k,v in PATCH.items() if k != 'ps'})
+    enc.prep = PREP
+    return enc
+
+def shaken(learn):
+    "No weight and no statistic as it was made, so that nothing can be right by chance"
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for k,v in learn.model.state_dict().items():
+            if v.is_floating_point() and not k.endswith('pos') and not k.endswith('first'): v.add_(.1*torch.rand(v.shape, generator=g))
+    return learn
+
+def learner_of(task='labels', arch=None, **kwargs):
+    dls = of_task(task)
+    arch = make_vit(dls, **PATCH) if arch is None else arch(dls) if not isinstance(arch, str) else arch
+    return shaken(pma_learner(dls, arch, **{'readout': PMA_SMALL, **kwargs}, seed=0))
+
+def same_answers(a, b, task, lead_records=3):
+    "Outputs and weights of layers of two predictors, to the bit"
+    x = torch.as_tensor(X[:6])
+    with torch.no_grad(): assert torch.equal(a.model.eval()(x.clone()), b.model(x.clone()))
+    assert (a.prep, a.labels, a.task, a.aggregate) == (b.prep, b.labels, b.task, b.aggregate) and a.task == task
+    table = pd.DataFrame(X[0].T.astype(float), columns=list(PREP.leads))
+    p, q = a.predict(table, fs=100), b.predict(table, fs=100)
+    assert np.isfinite(p.probability).all() and p.probability.equals(q.probability)
+    if p.gate is None: assert q.gate is None
+    else: assert p.gate.equals(q.gate)
+    assert (p.positive is None) == (q.positive is None) and (p.positive is None or p.positive.equals(q.positive))
+    return p
+
+@pytest.mark.parametrize('name', [*READOUTS, *ENCODERS, *TASKS])
+def test_every_kind_travels(name, tmp_path):
+    task, kwargs = TASKS[name] if name in TASKS else ('labels', {**READOUTS, **ENCODERS}[name])
+    learn = learner_of(task, **kwargs)
+    if task == 'class': calibrate(learn, 'temperature', ds_idx=0)
+    p = predictor(learn, score=False)
+    save_pma(p, tmp_path/'m')
+    del learn
+    back = load_pma(tmp_path/'m')
+    answer = same_answers(p, back, task)
+    if task == 'class': assert abs(answer.probability.sum() - 1) < 1e-9 and answer.positive.sum() == 1 and back.calibration.one_class
+    if 'SDPA' in name: assert any(type(m).__name__.startswith('Sdpa') for m in back.model.modules())
+    if name == 'leads': assert list(answer.gate.columns) == list(PREP.leads) and len(answer.gate) == 3
+    if name == 'classes': assert list(answer.gate.columns) == ['MI', 'NORM', 'CD']
+    if name == 'two layers': assert back.model.backbone.chosen == [1, 3]
+
+@pytest.mark.parametrize('name', THEIRS)
+def test_what_is_somebodys_own(name, tmp_path):
+    kwargs, ways = THEIRS[name]
+    learn = learner_of(**kwargs)
+    p = predictor(learn, score=False)
+    if ways is None:
+        with pytest.raises(ValueError, match='has no name of its own'): save_pma(p, tmp_path/'m')
+        assert not (tmp_path/'m').exists()
+        return
+    save_pma(p, tmp_path/'m', known=ways.get('known', ()))
+    with pytest.raises(ValueError, match='`known`|has to be given as a module'): load_pma(tmp_path/'m')
+    same_answers(p, load_pma(tmp_path/'m', **{k: v() if callable(v) else v for k,v in ways.items()}), 'labels')
+
+def test_a_pruned_model_travels_and_is_smaller(tmp_path):
+    learn = learner_of(readout=partial(Layer, l=2))
+    save_pma(learn, tmp_path/'whole', score=False)
+    want = learn.model.eval()(torch.as_tensor(X[:4]))
+    learn.model = prune(learn)
+    save_pma(learn, tmp_path/'pruned', score=False)
+    a, b = ((tmp_path/n/'model.safetensors').stat().st_size for n in ('whole', 'pruned'))
+    assert b < .8*a
+    back = load_pma(tmp_path/'pruned')
+    same_answers(predictor(learn, score=False), back, 'labels')
+    torch.testing.assert_close(back.model(torch.as_tensor(X[:4])), want, rtol=0, atol=1e-5)
+    assert back.model.backbone.n_layers == 2
+
+def test_a_predictor_saved_again_is_the_same_file(tmp_path, folder):
+    back = load_pma(folder)
+    save_pma(back, tmp_path/'again')
+    for f in ('model.safetensors', 'README.md'): assert (folder/f).read_bytes() == (tmp_path/'again'/f).read_bytes()
+    a, b = (json.loads((p/'config.json').read_text()) for p in (folder, tmp_path/'again'))
+    assert {k: v for k,v in a.items() if k not in ('facts', 'sha256')} == {k: v for k,v in b.items() if k not in ('facts', 'sha256')}
