@@ -1,6 +1,8 @@
 """Weights that travel: to another process, by every read-out and encoder, and from strangers: pickles, tensors of any size, thousands of damaged files"""
+import io
 import json
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -20,18 +22,26 @@ from torch import nn
 
 from fastai_ecg_pma.aggregate import PPA, Concat, Fuse, GroupMeans, Last, LastMean, Layer, OwnNorm, SharedNorm, SignedStatic, Static, class_head, linear_head
 from fastai_ecg_pma.attend import AttentionPool, Attentive
+from fastai_ecg_pma.cache import EcgCache, cache_ecg
+from fastai_ecg_pma.checkpoint import Checkpoint, FellBack, load_best
 from fastai_ecg_pma.compare import PMA_DEFAULT
 from fastai_ecg_pma.data import ecg_dls
 from fastai_ecg_pma.encoder import make_vit
+from fastai_ecg_pma.features import DamagedCache, layer_features, remember
+from fastai_ecg_pma.folder import read_config, read_folder, write_folder
 from fastai_ecg_pma.gate import PMA, ClassPMA, LeadPMA, top_k
 from fastai_ecg_pma.gates import prune
 from fastai_ecg_pma.layers import mean_leads
-from fastai_ecg_pma.learner import by_record, pma_learner, predict_record, row_scores
+from fastai_ecg_pma.learner import by_record, pma_learner, predict_record, pretrain_learner, row_scores
 from fastai_ecg_pma.predict import calibrate, decide, load_pma, predictor, save_pma
 from fastai_ecg_pma.ptbxl import ptbxl_dls
 from fastai_ecg_pma.records import Preprocess
 from fastai_ecg_pma.synth import PTBXL_LEADS, simulate_ecg, synth_ptbxl, write_record
-from fastai_ecg_pma.windows import InMemory, EcgArray
+from fastai_ecg_pma.stmem import load_original_pma, load_stmem_encoder, load_stmem_mae, save_stmem
+from fastai_ecg_pma.tensorfile import DamagedFile, read_state, read_tensors, write_tensors
+from fastai_ecg_pma.transfer import load_weights
+from fastai_ecg_pma.vit1d import ViT1d
+from fastai_ecg_pma.weights import load_encoder, save_encoder
 
 PATCH = dict(ps=50, d=32, n_layers=3, n_heads=1)
 
@@ -154,7 +164,6 @@ THEIRS = {'a read-out of theirs': (dict(readout=Mine), dict(known=[Mine])), 'a c
 
 def _with_more_leads(dls):
     "A ViT that knows more leads than are read, in another order"
-    from fastai_ecg_pma.vit1d import ViT1d
     enc = ViT1d(500, leads=[*PREP.leads[::-1], 'X'], **{k: v for k,v in PATCH.items() if k != 'ps'})
     enc.prep = PREP
     return enc
@@ -233,3 +242,124 @@ def test_a_predictor_saved_again_is_the_same_file(tmp_path, folder):
     for f in ('model.safetensors', 'README.md'): assert (folder/f).read_bytes() == (tmp_path/'again'/f).read_bytes()
     a, b = (json.loads((p/'config.json').read_text()) for p in (folder, tmp_path/'again'))
     assert {k: v for k,v in a.items() if k not in ('facts', 'sha256')} == {k: v for k,v in b.items() if k not in ('facts', 'sha256')}
+
+
+# ---- pickles from strangers
+
+class Trap:
+    "Unpickled, it makes a file"
+    def __init__(self, mark): self.mark = mark
+    def __reduce__(self): return (Path.touch, (self.mark,))
+
+def trapped(mark):
+    "Files that run something where they are unpickled: name, bytes, what would unpickle them"
+    trap, out = Trap(mark), {}
+    def torch_bytes(o, **kwargs): torch.save(o, b := io.BytesIO(), **kwargs); return b.getvalue()
+    state = {'w': torch.ones(2)}
+    plain = lambda b: pickle.loads(b)
+    loose = lambda b: torch.load(io.BytesIO(b), weights_only=False)
+    for name,o in dict(bare=trap, beside={'model': state, 'opt': trap}, within={**state, 'x': trap}).items():
+        out[f'zip, {name}'] = torch_bytes(o), loose
+        out[f'legacy, {name}'] = torch_bytes(o, _use_new_zipfile_serialization=False), loose
+        out[f'pickle, {name}'] = pickle.dumps(o), plain
+    out['pickle, protocol 0'] = pickle.dumps(trap, 0), plain
+    return out
+
+@pytest.fixture(scope='module')
+def traps(d):
+    "`{name: bytes}`, each seen to work once"
+    (d/'mark').unlink(missing_ok=True)
+    made = trapped(d/'mark')
+    for name,(raw,load) in made.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            load(raw)
+        assert (d/'mark').exists(), name
+        (d/'mark').unlink()
+    return {name: raw for name,(raw,_) in made.items()}
+
+@pytest.fixture
+def untouched(d):
+    yield
+    assert not (d/'mark').exists(), 'something was unpickled'
+
+SUFFIXES = '.pth', '.pt', '.pkl', '.bin', '.safetensors', ''
+
+@pytest.mark.parametrize('suffix', SUFFIXES)
+def test_no_file_of_weights_is_unpickled(suffix, traps, dls, tmp_path, untouched):
+    file, model = tmp_path/f'weights{suffix}', make_vit(dls, **PATCH)
+    routes = dict(read_state=lambda: read_state(file), read_tensors=lambda: read_tensors(file), load_weights=lambda: load_weights(model, file), load_encoder=lambda: load_encoder(file), load_stmem_encoder=lambda: load_stmem_encoder(file),
+                  load_stmem_mae=lambda: load_stmem_mae(file), load_original_pma=lambda: load_original_pma(file), pma_learner=lambda: pma_learner(dls, file), text=lambda: pma_learner(dls, str(file)),
+                  weights_path=lambda: pma_learner(dls, 'TSTPlus', arch_config=TST, weights_path=file), pretrain=lambda: pretrain_learner(dls, file), layer_features=lambda: layer_features(file, dls))
+    for name,raw in traps.items():
+        file.write_bytes(raw)
+        for route,load in routes.items():
+            if route in SLOW and name not in ('zip, within', 'pickle, bare'): continue
+            with pytest.raises(ValueError) as e: load()
+            assert file.name in str(e.value), (route, name, e.value)
+
+SLOW = 'text', 'weights_path', 'pma_learner', 'pretrain', 'layer_features'
+
+def test_no_folder_of_a_model_is_unpickled(traps, dls, folder, tmp_path, untouched):
+    enc = make_vit(dls, **PATCH)
+    save_encoder(enc, tmp_path/'enc')
+    shutil.copytree(folder, tmp_path/'pma')
+    for kind,load in (('enc', load_encoder), ('pma', load_pma), ('pma', load_encoder), ('enc', lambda f: pma_learner(dls, f)), ('pma', lambda f: pretrain_learner(dls, f))):
+        for part in ('model.safetensors', 'config.json'):
+            good = (tmp_path/kind/part).read_bytes()
+            for raw in traps.values():
+                (tmp_path/kind/part).write_bytes(raw)
+                with pytest.raises(DamagedFile) as e: load(tmp_path/kind)
+                assert part in str(e.value)
+            (tmp_path/kind/part).write_bytes(good)
+        for raw in traps.values():                                               # an attacker would write its hash down, too
+            (tmp_path/kind/'model.safetensors').write_bytes(raw)
+            rewrite(tmp_path/kind, weights=sha256(raw).hexdigest())
+            with pytest.raises(ValueError, match='model.safetensors is damaged, or no file of plain weights'): load(tmp_path/kind)
+        (tmp_path/kind/'model.safetensors').unlink(); (tmp_path/kind/'config.json').unlink()
+        shutil.copytree(folder, tmp_path/'pma', dirs_exist_ok=True); save_encoder(enc, tmp_path/'enc')
+    load_pma(tmp_path/'pma'); load_encoder(tmp_path/'enc')
+
+def rewrite(folder, **changes):
+    "Change a model's configuration as a stranger would, its hash made anew"
+    c = {**json.loads((folder/'config.json').read_text()), **changes}
+    (folder/'config.json').write_text(json.dumps({**c, 'sha256': hash_of(c)}))
+
+def hash_of(config):
+    "As the format says: SHA-256 of the sorted JSON of all but itself"
+    return sha256(json.dumps({k: v for k,v in config.items() if k != 'sha256'}, sort_keys=True).encode()).hexdigest()
+
+def test_no_checkpoint_is_unpickled(traps, dls, tmp_path, untouched):
+    def run():
+        learn = pma_learner(dls, make_vit(dls, **PATCH), PMA_SMALL, seed=0, cbs=Checkpoint(tmp_path/'run'))
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+        return learn
+    learn = run()
+    files = sorted((tmp_path/'run').glob('*.safetensors'))
+    assert [f.name.split('-')[0] for f in files] == ['best.safetensors', 'fit0', 'fit0']
+    for raw in traps.values():
+        for f in files: f.write_bytes(raw)
+        with pytest.raises(DamagedFile, match='best.safetensors is damaged'): load_best(learn, tmp_path/'run')
+    with pytest.warns(FellBack, match='begins anew'): run()                        # all are put aside, one after the other
+
+def test_no_kept_result_is_unpickled(traps, tmp_path, untouched):
+    about, make = dict(what='a result'), lambda: {'h': torch.arange(3.)}
+    remember(tmp_path, about, make)
+    file, = tmp_path.iterdir()
+    for raw in traps.values():
+        file.write_bytes(raw)
+        with pytest.warns(DamagedCache, match='made anew'): got = remember(tmp_path, about, make)
+        assert torch.equal(got['h'], torch.arange(3.)) and torch.equal(read_tensors(file)[0]['h'], torch.arange(3.))
+
+def test_no_cache_of_records_is_unpickled(traps, dls, d, tmp_path, untouched):
+    names = [str(Path(p).relative_to(d/'ecgs')) for p in dls.paths[:3]]
+    cache_ecg(d/'ecgs', names, tmp_path/'cache', progress=False)
+    for part in ('manifest.json', 'index.jsonl', 'table.json'):
+        good = (tmp_path/'cache'/part).read_bytes()
+        for raw in traps.values():
+            (tmp_path/'cache'/part).write_bytes(raw)
+            for load in (lambda: EcgCache(tmp_path/'cache'), lambda: cache_ecg(d/'ecgs', names, tmp_path/'cache', progress=False)):
+                with pytest.raises(ValueError, match=part): load()
+        (tmp_path/'cache'/part).write_bytes(good)
+    (tmp_path/'cache'/'signal.bin').write_bytes(max(traps.values(), key=len))
+    with pytest.raises(ValueError, match='signal.bin'): EcgCache(tmp_path/'cache')
