@@ -7,7 +7,7 @@ __all__ = ['MAX_WINDOW', 'ACTIVATIONS', 'model_facts', 'revive_model', 'Predicti
            'decide', 'save_pma', 'load_pma', 'model_card']
 
 # %% ../nbs/51_predict.ipynb #33437012
-import json, re
+import json, re, reprlib
 import numpy as np, pandas as pd, torch, yaml
 from dataclasses import asdict, dataclass, field, replace
 from fastai.torch_core import get_model
@@ -18,7 +18,7 @@ from rich.progress import track
 from torch import nn
 
 from .aggregate import FusedModel
-from .calibrate import Calibration, Thresholds, calibration_table, choose_thresholds, fit_calibration
+from .calibrate import MAX_LABELS, Calibration, Thresholds, calibration_table, choose_thresholds, fit_calibration
 from .doctor import check_record
 from .folder import read_folder, write_folder
 from .gate import ClassPMA
@@ -26,8 +26,9 @@ from .headers import BadRecord
 from .layers import LayerStack
 from .learner import batch_tfms, by_record, evaluate, row_scores, task_of
 from .protocol import Protocol
-from .recipe import build, build_for, recipe
+from .recipe import build_bare, build_for, recipe
 from .records import Preprocess
+from .tensorfile import some
 from .weights import encoder_facts, encoder_in, revive_encoder
 from .windows import aggregate_windows
 
@@ -51,9 +52,10 @@ def revive_model(
 ):
     "The model, in evaluation mode"
     if (n := len(prep.leads)*prep.seq_len) > MAX_WINDOW: raise ValueError(f'its windows have {n} numbers, more than {MAX_WINDOW}')
+    if odd := [k for k in state if not k.startswith(('backbone.encoder.', 'head.'))]: raise ValueError(f'{some(odd)}: neither of the encoder nor of the head')
     enc = revive_encoder(*encoder_in(dict(kind='pma', model=facts), state), known, module)
     blocks = [[enc.get_submodule(p) for p in b] for b in facts['blocks']]
-    stack = LayerStack(enc, (len(prep.leads), prep.seq_len), facts['layers'], blocks, build(facts['pool'], known), facts['normed'])
+    stack = LayerStack(enc, (len(prep.leads), prep.seq_len), facts['layers'], blocks, build_bare(facts['pool'], known), facts['normed'])
     head = build_for(facts['head'], {k.removeprefix('head.'): v for k,v in state.items() if k.startswith('head.')}, known)
     return FusedModel(stack, head).eval()
 
@@ -98,9 +100,11 @@ class Predictor:
 
     def __post_init__(self):
         if self.task not in ACTIVATIONS or self.aggregate not in ('mean', 'max'): raise ValueError(f'task is {self.task!r}, aggregate {self.aggregate!r}: they are one of {", ".join(ACTIVATIONS)}, and mean or max')
-        if not self.labels or not all(isinstance(l, str) for l in self.labels): raise ValueError(f'labels are {self.labels!r}: names are expected')
+        l = self.labels
+        if not isinstance(l, list) or not 1 <= len(l) <= MAX_LABELS or not all(isinstance(n, str) for n in l) or len(set(l)) < len(l): raise ValueError(
+            f'labels are {reprlib.repr(l)}: a list of 1 to {MAX_LABELS} different names is expected')
         for name in ('calibration', 'thresholds'):
-            if (o := getattr(self, name)) and list(o.names) != list(self.labels): raise ValueError(f'the {name} is of {", ".join(o.names)}, the model of {", ".join(self.labels)}')
+            if (o := getattr(self, name)) and list(o.names) != list(self.labels): raise ValueError(f'the {name} is of {some(o.names)}, the model of {some(self.labels)}')
         self.model.eval()
         y, w = self._outputs(torch.zeros(1, len(self.prep.leads), self.prep.seq_len))
         if y.shape != (1, len(self.labels)): raise ValueError(f'the model has {list(y.shape[1:])} outputs, there are {len(self.labels)} labels')
@@ -313,7 +317,7 @@ def load_pma(
     try:
         prep = Preprocess.from_dict(c['preprocess'])
         given = {k: v and cls.from_dict(v) for k,cls,v in (('calibration', Calibration, c['calibration']), ('thresholds', Thresholds, c['thresholds']))}
-        return Predictor(revive_model(c['model'], state, prep, known, module), prep, list(c['labels']), c['task'], c['aggregate'], **given, facts=dict(c['facts'], versions=c.get('versions'), weights=c.get('weights')))
+        return Predictor(revive_model(c['model'], state, prep, known, module), prep, c['labels'], c['task'], c['aggregate'], **given, facts=dict(c['facts'], versions=c.get('versions'), weights=c.get('weights')))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, ArithmeticError, AssertionError) as e: raise ValueError(
         f'{folder}: {e if type(e) is ValueError else f"config.json does not describe a model: {type(e).__name__} {e}"}') from e
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -363,3 +364,103 @@ def test_no_cache_of_records_is_unpickled(traps, dls, d, tmp_path, untouched):
         (tmp_path/'cache'/part).write_bytes(good)
     (tmp_path/'cache'/'signal.bin').write_bytes(max(traps.values(), key=len))
     with pytest.raises(ValueError, match='signal.bin'): EcgCache(tmp_path/'cache')
+
+
+# ---- small files that ask for much
+
+def changed(config, path, value):
+    "A copy of `config` with another value at `path`, such as 'model.encoder.model.args.d'; a function is called with what was there"
+    c = at = json.loads(json.dumps(config))
+    *way, last = path.split('.')
+    for k in way: at = at[int(k) if isinstance(at, list) else k]
+    last = int(last) if isinstance(at, list) else last
+    at[last] = value(at[last]) if callable(value) else value
+    return c
+
+LINEAR = {'class': 'torch.nn.Linear', 'args': {'in_features': 2**16, 'out_features': 2**16}}            # 17 GB
+BUFFERS = {'class': 'torch.nn.BatchNorm1d', 'args': {'num_features': 2**31, 'affine': False}}           # as much, and no parameters
+ENC, HEAD = 'model.encoder.model.args.', 'model.head.args.'
+GREEDY = {                              # of config.json: name: path, value; an attacker makes the hash anew
+    'wide': (ENC+'d', 2**40), 'deep': (ENC+'n_layers', 10**6), 'deeper': (ENC+'n_layers', 2**62), 'heads': (ENC+'n_heads', 2**40), 'long': (ENC+'seq_len', 2**40), 'long patches': (ENC+'ps', 2**40),
+    'many leads': (ENC+'leads', lambda v: [f'L{i}' for i in range(100_000)]), 'wide gate': (HEAD+'fuse.args.hidden', {'tuple': [2**40, 8]}), 'wide fuse': (HEAD+'fuse.args.d', 2**40), 'many layers': (HEAD+'fuse.args.n_layers', 2**40),
+    'another fuse': (HEAD+'fuse', {'class': 'fastai_ecg_pma.gate.ClassPMA', 'args': {'n_layers': 3, 'd': 32, 'n_out': 2**40}}), 'classifier': (HEAD+'classifier', LINEAR), 'norm': (HEAD+'layer_norm', LINEAR), 'no parameters': (HEAD+'layer_norm', BUFFERS),
+    'pool': ('model.pool', LINEAR), 'pool of buffers': ('model.pool', BUFFERS), 'pool in a list': ('model.pool', [LINEAR]), 'pool in a partial': ('model.pool', {'partial': 'fastai_ecg_pma.layers.mean_tokens', 'args': [], 'kwargs': {'special': LINEAR}}),
+    'many modules': (HEAD+'layer_norm', {'class': 'torch.nn.Sequential', 'parts': {str(i): {'class': 'torch.nn.Linear', 'args': {'in_features': 32, 'out_features': 32}} for i in range(20_000)}}),
+    'nested': (HEAD+'layer_norm', lambda v: nested(200)), 'window': ('preprocess.seq_len', 2**40), 'order': ('preprocess.order', 2**40), 'leads': ('preprocess.leads', [f'L{i}' for i in range(100_000)]), 'rate': ('preprocess.fs', 1e-300),
+    'points': ('calibration', lambda c: dict(method='isotonic', names=c['names'], x=[[i/10**6 for i in range(10**6//4)]]*4, y=[[i/10**6 for i in range(10**6//4)]]*4, one_class=False)), 'labels': ('labels', [f'L{i}' for i in range(500_000)]),
+    'blocks': ('model.blocks', [['blocks.0']*200_000]), 'layers': ('model.layers', list(range(1, 500_000))),
+}
+
+def nested(n):
+    out = {'class': 'torch.nn.Identity', 'args': {}}
+    for _ in range(n): out = {'class': 'torch.nn.Sequential', 'parts': {'0': out}}
+    return out
+
+def greedy_files(at):
+    "Files of weights that are small, and claim much: `{name: path}`"
+    state, out = {'w': torch.zeros(1000)}, {}
+    def put(name, raw): (at/name).write_bytes(raw); out[name] = at/name
+    def saved(o, **kwargs): torch.save(o, b := io.BytesIO(), **kwargs); return b.getvalue()
+    def header(h, tail=b'0'*100, n=None): h = h if isinstance(h, bytes) else json.dumps(h).encode(); return (len(h) if n is None else n).to_bytes(8, 'little') + h + tail
+    put('claims.safetensors', header({'w': dict(dtype='F32', shape=[2**40], data_offsets=[0, 2**42])}))
+    put('overlap.safetensors', header({f'w{i}': dict(dtype='F32', shape=[25], data_offsets=[0, 100]) for i in range(20_000)}))
+    put('header.safetensors', header(b'{}', n=2**62)); put('header2.safetensors', header(b'{}', n=90_000_000))
+    put('deep.safetensors', header(b'['*100_000)); put('deep2.safetensors', header(b'{"w":'*100_000))
+    put('empties.safetensors', header({f'w{i}': dict(dtype='F32', shape=[0, 2**40], data_offsets=[0, 0]) for i in range(20_000)}, b''))
+    with zipfile.ZipFile(io.BytesIO(saved(state))) as a, zipfile.ZipFile(at/'bomb.pth', 'w', zipfile.ZIP_DEFLATED) as b:
+        for n in a.namelist(): b.writestr(n, bytes(2**27) if n.endswith('data/0') else a.read(n))
+    out['bomb.pth'] = at/'bomb.pth'
+    raw = bytearray(saved(state)); i = raw.rfind(b'PK\x01\x02'); raw[i+20:i+28] = (2**31).to_bytes(4, 'little')*2; put('sizes.pth', bytes(raw))
+    put('view.pth', saved({'w': torch.zeros(1).expand(2**30)})); put('views.pth', saved({f'w{i}': state['w'] for i in range(20_000)}))
+    put('meta.pth', saved({'w': torch.zeros(2**40, device='meta')})); put('legacy.pth', saved(state, _use_new_zipfile_serialization=False))
+    put('sparse.pth', saved({'w': torch.sparse_coo_tensor(torch.zeros(1, 1, dtype=int), torch.ones(1), (2**32,))}))
+    return out
+
+GREED = '''
+import json, resource, sys, time, warnings
+from pathlib import Path
+warnings.filterwarnings('ignore')
+from fastai_ecg_pma.predict import load_pma
+from fastai_ecg_pma.stmem import load_original_pma, load_stmem_encoder, load_stmem_mae
+from fastai_ecg_pma.tensorfile import read_state
+from fastai_ecg_pma.weights import load_encoder
+good, rows = load_pma(sys.argv[1]), []                     # all that a first use takes is there
+size = int(Path('/proc/self/statm').read_text().split()[0])*resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 300*2**20,)*2)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
+before = peak()
+for name,path,route in json.load(open(sys.argv[2])):
+    t0, p0 = time.perf_counter(), peak()
+    try: globals()[route](path); said = None
+    except BaseException as e: said = [type(e).__mro__[-3].__name__ if isinstance(e, ValueError) else type(e).__name__, str(e)]
+    rows.append([name, route, said, time.perf_counter()-t0, peak()-p0])
+print(json.dumps(dict(rows=rows, growth=peak()-before)))
+'''
+
+@pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='Linux tells how much memory is taken')
+def test_nothing_small_takes_much(d, folder, root, tmp_path):
+    cases, config = [], json.loads((folder/'config.json').read_text())
+    for name,(path,value) in GREEDY.items():
+        shutil.copytree(folder, tmp_path/name)
+        rewrite(tmp_path/name, **changed(config, path, value))
+        cases += [(name, str(tmp_path/name), r) for r in ('load_pma', 'load_encoder')]
+    for n in (100, 300, 500, 900, 1500, 100_000):
+        shutil.copytree(folder, f := tmp_path/f'brackets{n}')
+        c = json.dumps(dict(config, facts='HERE'))
+        (f/'config.json').write_text(c.replace('"HERE"', '{"a":'*n + '1' + '}'*n))
+        cases.append((f.name, str(f), 'load_pma'))
+    for name,path in greedy_files(tmp_path).items(): cases += [(name, str(path), r) for r in ('read_state', 'load_encoder', 'load_stmem_mae', 'load_original_pma')]
+    (tmp_path/'cases.json').write_text(json.dumps(cases))
+    r = subprocess.run([sys.executable, '-c', GREED, str(folder), str(tmp_path/'cases.json')], env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(root)), capture_output=True, text=True, timeout=120)
+    assert r.returncode == 0, r.stderr[-3000:]
+    got = json.loads(r.stdout.splitlines()[-1])
+    fine = [(n, r) for n,r,said,*_ in got['rows'] if said is None]
+    odd = [row for row in got['rows'] if row[2] and (row[2][0] != 'ValueError' or 'alloc' in row[2][1] or 'memory' in row[2][1] or len(row[2][1]) < 10)]
+    slow = [row for row in got['rows'] if row[3] > 2 or row[4] > 100]
+    if os.environ.get('SHOW'):
+        for row in got['rows']: print(*row[:2], row[2] and (row[2][0], row[2][1][-110:]), *map('{:.2f}'.format, row[3:]))
+    assert not odd and not slow, (odd, slow)
+    assert set(fine) == UNHARMED, set(fine) ^ UNHARMED
+    assert got['growth'] < 200
+
+UNHARMED = set()
