@@ -38,7 +38,7 @@ from fastai_ecg_pma.layers import mean_leads
 from fastai_ecg_pma.learner import by_record, pma_learner, predict_record, pretrain_learner, row_scores
 from fastai_ecg_pma.predict import calibrate, decide, load_pma, predictor, save_pma
 from fastai_ecg_pma.ptbxl import ptbxl_dls
-from fastai_ecg_pma.records import Preprocess
+from fastai_ecg_pma.records import Preprocess, read_ecg
 from fastai_ecg_pma.synth import PTBXL_LEADS, simulate_ecg, synth_ptbxl, write_record
 from fastai_ecg_pma.stmem import load_original_pma, load_stmem_encoder, load_stmem_mae, save_stmem
 from fastai_ecg_pma.tensorfile import DamagedFile, read_state, read_tensors, write_tensors
@@ -561,21 +561,21 @@ def mutated(rng, config):
 def test_strange_values_in_a_configuration(folder, d, tmp_path):
     x = pd.DataFrame(simulate_ecg(rng=3, seconds=10).T, columns=list(PTBXL_LEADS))
     rng, seen = random.Random(0), Counter()
-    save_pma(learner_of('labels', **ENCODERS['TSTPlus'], **{}), d/'tst', score=False)
-    for base,n in ((folder, 250), (d/'tst', 100)):
+    save_pma(learner_of(**ENCODERS['TSTPlus']), d/'tst', score=False)
+    for base,n in ((folder, 150), (d/'tst', 30)):
         shutil.copytree(base, f := tmp_path/base.name)
         config = json.loads((f/'config.json').read_text())
-        for _ in range(n):
+        for i in range(n):
             c = mutated(rng, config)
             (f/'config.json').write_text(json.dumps({**c, 'sha256': hash_of(c)}))
-            outcome(lambda: load_encoder(f), [str(f)])
+            if i % 3 == 0: outcome(lambda: load_encoder(f), [str(f)])
             pma = outcome(lambda: load_pma(f), [str(f)])
             seen[pma is None] += 1
             if pma is None: continue
             try: p = pma.predict(x, fs=100)
             except BadRecord: seen['bad record'] += 1; continue
             assert np.isfinite(p.probability).all() and len(p.probability) == len(pma.labels), c
-    assert seen[True] > 150 and seen[False] > 30, seen
+    assert seen[True] > 80 and seen[False] > 15, seen
 
 def test_damaged_bytes_of_files_of_others(tmp_path):
     "Of a file under ST-MEM's names and of a safetensors file: refused, or weights that are numbers"
@@ -596,3 +596,133 @@ def test_damaged_bytes_of_files_of_others(tmp_path):
             if kind == '.pth': assert got.keys() == own.keys() and all(v.shape == own[k].shape and v.isfinite().all() for k,v in got.items())
             assert sum(v.numel()*v.element_size() for v in got.values()) <= 4*len(raw)
     assert all(seen[k, True] > 100 for k in ('.pth', '.safetensors', '2.safetensors')) and seen['.pth', False] > 50, seen
+
+
+# ---- the format
+
+def test_the_first_format_and_those_to_come(folder, tmp_path):
+    enc = ViT1d(100, 50, d=16, n_layers=2, n_heads=1, leads=['I', 'II']).eval()
+    save_file(enc.state_dict(), tmp_path/'model.safetensors')
+    (tmp_path/'config.json').write_text(json.dumps(dict(format=1, model='ViT1d', encoder=enc.config, preprocess=None)))
+    back, x = load_encoder(tmp_path), torch.randn(2, 2, 100)
+    assert torch.equal(back(x), enc(x)) and back.leads == ['I', 'II'] and back.prep is None
+    with pytest.raises(ValueError, match="holds 'encoder', not 'pma'"): load_pma(tmp_path)
+    shutil.copytree(folder, f := tmp_path/'pma')
+    config = json.loads((f/'config.json').read_text())
+    for changes,said in ((dict(format=3), r'has format 3, this version of fastai_ecg_pma reads up to 2: update it'), (dict(format=10**30), 'update it'), (dict(format=0), 'never was'), (dict(format=-1), 'never was'), (dict(format='2'), 'names no format'),
+                         (dict(format=True), 'names no format'), (dict(format=2.), 'names no format'), (dict(format=1), 'format 1 describes a ViT1d'), (dict(kind='gate'), "holds 'gate', not"), (dict(kind=None), 'holds None'), (dict(kind=['pma']), 'holds'), (dict(kind='encoder'), '')):
+        rewrite(f, **{**config, **changes})
+        with pytest.raises(ValueError, match=said): load_pma(f)
+    rewrite(f, **config)
+    load_pma(f)
+
+def test_the_card_may_be_edited(folder, tmp_path, valid_paths):
+    shutil.copytree(folder, f := tmp_path/'m')
+    want = load_pma(folder).predict(valid_paths[0]).probability
+    for change in (lambda p: p.write_text('# nothing'), lambda p: p.write_bytes(b'\x80\x04K\x01.'), lambda p: p.unlink()):
+        change(f/'README.md')
+        assert load_pma(f).predict(valid_paths[0]).probability.equals(want)
+    (f/'README.md').mkdir()                                                        # and it is not read
+    assert load_pma(f).predict(valid_paths[0]).probability.equals(want)
+
+def test_the_hub_understands_the_card(folder, learn, tmp_path):
+    hub = pytest.importorskip('huggingface_hub')
+    card = hub.ModelCard.load(folder/'README.md')
+    assert card.data.library_name == 'fastai_ecg_pma' and card.data.license == 'apache-2.0' and 'ecg' in card.data.tags
+    assert '# made up' in card.text and str(learn.dls.vocab[0]) in card.text
+    save_pma(load_pma(folder), tmp_path/'m', title='---\nlicense: mit\n---', notes='a: b', license='x: [y')
+    card = hub.ModelCard.load(tmp_path/'m'/'README.md')
+    assert card.data.license == 'x: [y' and card.data.library_name == 'fastai_ecg_pma'
+
+
+# ---- records that are not as those it was trained on
+
+@pytest.fixture(scope='module')
+def pma(folder): return load_pma(folder)
+
+ECG = simulate_ecg(('IMI',), rng=5, seconds=10)
+
+def written(path, x=ECG, fs=100, leads=PTBXL_LEADS, units='mV', gain=1000.):
+    "A record of `x` in mV; its numbers are kept at 1 µV"
+    import wfdb
+    path.parent.mkdir(exist_ok=True)
+    wfdb.wrsamp(path.name, fs=fs, units=[units]*len(x), sig_name=list(leads), fmt=['16']*len(x), adc_gain=[gain]*len(x), baseline=[0]*len(x), write_dir=str(path.parent),
+                d_signal=np.where(np.isnan(x), -2**15, np.round(np.nan_to_num(x)*1000)).T.astype(np.int16))
+    return path
+
+def by_hand(pma, path, prep=None):
+    "What the stored preprocessing gives, step by step: read by name, windows by hand, model, sigmoid, mean, Platt's line"
+    prep = prep or pma.prep
+    x, fs = read_ecg(path, prep.leads)
+    assert fs == prep.fs
+    starts = [0] if x.shape[1] == 500 else [0, x.shape[1]-500]
+    w = np.stack([x[:,s:s+500] for s in starts]).astype(np.float64)
+    w = (w - w.mean(2, keepdims=True))/(w.std(2, keepdims=True) + 1e-8)
+    with torch.no_grad(): y = pma.model.eval()(torch.as_tensor(w.astype(np.float32)))
+    p = (1/(1 + np.exp(-y.numpy().astype(np.float64)))).mean(0)
+    return 1/(1 + np.exp(-(np.array(pma.calibration.a)*np.log(p/(1-p)) + pma.calibration.b)))
+
+def test_a_record_as_the_preprocessing_says(pma, tmp_path):
+    for x in (ECG, ECG[:,:500], ECG[:,:777]):
+        got = pma.predict(path := written(tmp_path/'r', x))
+        np.testing.assert_allclose(got.probability, by_hand(pma, path), rtol=0, atol=1e-5)
+        assert got.n_windows == (1 if x.shape[1] == 500 else 2) and not got.warnings
+
+def test_the_order_of_leads_in_a_file(pma, tmp_path):
+    want = pma.predict(written(tmp_path/'r'))
+    for seed in range(3):
+        p = np.random.default_rng(seed).permutation(12)
+        got = pma.predict(written(tmp_path/f's{seed}', ECG[p], leads=[PTBXL_LEADS[i] for i in p]))
+        assert got.probability.equals(want.probability) and got.gate.equals(want.gate)
+    other = pma.predict(written(tmp_path/'t', ECG[::-1]))                          # the wrong names for the leads are noticed by no one, and change something
+    assert not np.allclose(other.probability, want.probability, atol=1e-4)
+    spelt = pma.predict(written(tmp_path/'u', leads=['i', 'Ii', 'III', 'aVR', 'avl', 'AVF', *(f'v{i}' for i in range(1, 7))]))
+    assert spelt.probability.equals(want.probability)
+
+def test_missing_and_foreign_leads(pma, tmp_path):
+    want = pma.predict(written(tmp_path/'r')).probability
+    without = lambda *gone: written(tmp_path/'w', ECG[[i for i,l in enumerate(PTBXL_LEADS) if l not in gone]], leads=[l for l in PTBXL_LEADS if l not in gone])
+    head = (twice := written(tmp_path/'d')).with_name('d.hea')
+    head.write_text(head.read_text().replace(' V6\n', ' V1\n'))
+    for path,said in ((lambda: without('V3'), 'lead V3 is missing'), (lambda: without('III', 'AVR'), 'lead III is missing'), (lambda: written(tmp_path/'n', leads=[*PTBXL_LEADS[:11], 'X']), 'lead V6 is missing'), (lambda: twice, 'V1')):
+        with pytest.raises(BadRecord, match=said): pma.predict(path())
+    with_prep = lambda **kw: replace(pma, prep=replace(pma.prep, **kw))
+    np.testing.assert_allclose(with_prep(derive=True).predict(without('III', 'AVR', 'AVL', 'AVF')).probability, want, rtol=0, atol=5e-3)
+    holes = with_prep(missing='nan').predict(without('V3'))
+    assert np.isfinite(holes.probability).all() and not np.allclose(holes.probability, want, atol=1e-5) and any('V3' in w for w in holes.warnings)
+
+def test_other_rates(pma, tmp_path):
+    a, b = (simulate_ecg(('IMI',), fs=fs, rng=5, seconds=10, noise=False) for fs in (100, 500))
+    want, got = pma.predict(written(tmp_path/'a', a)), pma.predict(written(tmp_path/'b', b, fs=500))
+    np.testing.assert_allclose(got.probability, want.probability, rtol=0, atol=.01)
+    assert got.n_windows == 2 and not any('rate' in w for w in got.warnings)
+    with pytest.raises(BadRecord, match='500'): pma.predict(written(tmp_path/'c', b[:,:2000], fs=500))        # four seconds
+    low = pma.predict(written(tmp_path/'e', a[:,::2], fs=50))
+    assert any('recorded at 50 Hz' in w for w in low.warnings)
+
+def test_other_lengths(pma, tmp_path):
+    short, long = written(tmp_path/'s', ECG[:,:300]), written(tmp_path/'l', ECG)
+    with pytest.raises(BadRecord, match='300 samples at 100 Hz, expected 500'): pma.predict(short)
+    padded = replace(pma, prep=replace(pma.prep, pad=True)).predict(short)
+    assert np.isfinite(padded.probability).all() and any('padded to 5 s' in w for w in padded.warnings)
+    with pytest.raises(BadRecord, match='stride'): replace(pma, prep=replace(pma.prep, stride=None)).predict(long)
+    assert replace(pma, prep=replace(pma.prep, stride=100)).predict(long).n_windows == 6
+    most = replace(pma, aggregate='max', calibration=None, thresholds=None).predict(long).probability
+    mean = replace(pma, calibration=None, thresholds=None).predict(long).probability
+    assert (most > mean).any() and (most >= mean).all()
+
+def test_samples_that_were_not_recorded(pma, tmp_path):
+    x = ECG.copy(); x[3, 100:120] = np.nan
+    path = written(tmp_path/'h', x)
+    with pytest.raises(BadRecord, match='lead aVR has 20 invalid samples|lead AVR has 20 invalid samples'): pma.predict(path)
+    p = replace(pma, prep=replace(pma.prep, missing='nan')).predict(path)
+    assert np.isfinite(p.probability).all() and not np.allclose(p.probability, pma.predict(written(tmp_path/'r')).probability, atol=1e-6)
+    t = pma.predict([path, tmp_path/'r'])
+    assert t.probability.isna().all(axis=1).tolist() == [True, False] and 'invalid samples' in t.record.error.iloc[0]
+    with pytest.raises(BadRecord, match='finite'): pma.predict(pd.DataFrame(ECG.T, columns=list(PTBXL_LEADS)).replace(ECG[0,0], np.inf), fs=100)
+
+@pytest.mark.parametrize('units,gain', [('uV', 1.), ('V', 1e6), ('mV', 1000.)])
+def test_units(units, gain, pma, tmp_path):
+    got, want = pma.predict(written(tmp_path/'u', units=units, gain=gain)), pma.predict(written(tmp_path/'r'))
+    np.testing.assert_allclose(got.probability, want.probability, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(replace(pma, prep=replace(pma.prep, standardize='none')).predict(tmp_path/'u').probability, replace(pma, prep=replace(pma.prep, standardize='none')).predict(tmp_path/'r').probability, rtol=0, atol=1e-5)
