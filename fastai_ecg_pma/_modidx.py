@@ -1079,6 +1079,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'fastai_ecg_pma/predict.py'),
                                         'fastai_ecg_pma.predict.Predictor._many': ( 'predict.html#predictor._many',
                                                                                     'fastai_ecg_pma/predict.py'),
+                                        'fastai_ecg_pma.predict.Predictor._of_leads': ( 'predict.html#predictor._of_leads',
+                                                                                        'fastai_ecg_pma/predict.py'),
                                         'fastai_ecg_pma.predict.Predictor._of_rate': ( 'predict.html#predictor._of_rate',
                                                                                        'fastai_ecg_pma/predict.py'),
                                         'fastai_ecg_pma.predict.Predictor._one': ( 'predict.html#predictor._one',

@@ -24,6 +24,7 @@ from .folder import read_folder, write_folder
 from .gate import ClassPMA
 from .headers import BadRecord
 from .layers import LayerStack
+from .leads import LIMB, lead_name
 from .learner import batch_tfms, by_record, evaluate, row_scores, task_of
 from .protocol import Protocol
 from .recipe import build_bare, build_for, recipe
@@ -146,7 +147,7 @@ def _record(self:Predictor, path):
     "Windows of a record, and what is odd about it"
     row = check_record(path, self.prep)
     x = self.prep.windows(path)
-    return x, [f'{what}: {detail}' for verdict,what,detail in row['found'] if verdict != 'remark'] + self._of_rate(row['fs'], row['seconds'])
+    return x, [f'{what}: {detail}' for verdict,what,detail in row['found'] if verdict != 'remark'] + self._of_leads(row['leads'].split(', ')) + self._of_rate(row['fs'], row['seconds'])
 
 @patch
 def _of_rate(self:Predictor, fs, seconds):
@@ -156,10 +157,17 @@ def _of_rate(self:Predictor, fs, seconds):
     return said + ([f'length: {seconds:g} s, padded to {self.prep.seq_len/self.prep.fs:g} s'] if short else [])
 
 @patch
+def _of_leads(self:Predictor, there):
+    "What stands for leads that were not recorded"
+    gone, limb = [l for l in self.prep.leads if l not in there], self.prep.derive and len(set(LIMB) & set(there)) > 1
+    made = [l for l in gone if limb and l in LIMB]
+    return [f'leads: {", ".join(ls)} not recorded, {what}' for ls,what in ((made, 'calculated from other limb leads'), ([l for l in gone if l not in made], f'the model sees {self.prep.fill:g} in their place')) if ls]
+
+@patch
 def _signal(self:Predictor, table, fs):
     if not isinstance(table, pd.DataFrame): raise ValueError(f'a signal is a DataFrame with a column a lead, not a {type(table).__name__}')
     x = self.prep.take(table.to_numpy(np.float64), fs, [str(c) for c in table.columns])
-    return np.stack([self.prep.window(x, s) for s in self.prep.starts(x.shape[1], 'the signal')]), self._of_rate(fs, len(table)/fs)
+    return np.stack([self.prep.window(x, s) for s in self.prep.starts(x.shape[1], 'the signal')]), self._of_leads([*map(lead_name, map(str, table.columns))]) + self._of_rate(fs, len(table)/fs)
 
 # %% ../nbs/51_predict.ipynb #514bd7dd
 @patch

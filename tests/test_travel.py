@@ -56,6 +56,7 @@ def d(tmp_path_factory): return tmp_path_factory.mktemp('travel')
 def dls(d): return ptbxl_dls(synth_ptbxl(d/'ecgs', n=120), prep=Preprocess(fs=100, seq_len=500, stride=500), bs=16)
 
 def fitted(dls, encoder=None, readout=partial(PMA, hidden=(16,8)), epochs=1, **kwargs):
+    torch.manual_seed(0)
     learn = pma_learner(dls, encoder or make_vit(dls, **PATCH), readout, seed=0, **kwargs)
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs, 3e-3)
     return learn
@@ -181,6 +182,7 @@ def shaken(learn):
 
 def learner_of(task='labels', arch=None, **kwargs):
     dls = of_task(task)
+    torch.manual_seed(0)
     arch = make_vit(dls, **PATCH) if arch is None else arch(dls) if not isinstance(arch, str) else arch
     return shaken(pma_learner(dls, arch, **{'readout': PMA_SMALL, **kwargs}, seed=0))
 
@@ -689,13 +691,13 @@ def test_missing_and_foreign_leads(pma, tmp_path):
     with_prep = lambda **kw: replace(pma, prep=replace(pma.prep, **kw))
     np.testing.assert_allclose(with_prep(derive=True).predict(without('III', 'AVR', 'AVL', 'AVF')).probability, want, rtol=0, atol=5e-3)
     holes = with_prep(missing='nan').predict(without('V3'))
-    assert np.isfinite(holes.probability).all() and not np.allclose(holes.probability, want, atol=1e-5) and any('V3' in w for w in holes.warnings)
+    assert np.isfinite(holes.probability).all() and not np.allclose(holes.probability, want, atol=1e-5) and holes.warnings == ['leads: V3 not recorded, the model sees 0 in their place']
 
 def test_other_rates(pma, tmp_path):
     a, b = (simulate_ecg(('IMI',), fs=fs, rng=5, seconds=10, noise=False) for fs in (100, 500))
     want, got = pma.predict(written(tmp_path/'a', a)), pma.predict(written(tmp_path/'b', b, fs=500))
     np.testing.assert_allclose(got.probability, want.probability, rtol=0, atol=.01)
-    assert got.n_windows == 2 and not any('rate' in w for w in got.warnings)
+    assert got.n_windows == 2 and not any(w.startswith('rate') for w in got.warnings)
     with pytest.raises(BadRecord, match='500'): pma.predict(written(tmp_path/'c', b[:,:2000], fs=500))        # four seconds
     low = pma.predict(written(tmp_path/'e', a[:,::2], fs=50))
     assert any('recorded at 50 Hz' in w for w in low.warnings)
