@@ -215,6 +215,24 @@ def test_every_kind_travels(name, tmp_path):
     if name == 'classes': assert list(answer.gate.columns) == ['MI', 'NORM', 'CD']
     if name == 'two layers': assert back.model.backbone.chosen == [1, 3]
 
+@pytest.mark.parametrize('name', ['leads', 'classes'])
+def test_weights_of_leads_and_classes_by_name(name, tmp_path):
+    save_pma(learner_of(**READOUTS[name]), tmp_path/'m', score=False)
+    back, path = load_pma(tmp_path/'m'), written(tmp_path/'r'/'r')
+    with torch.no_grad(): w = back.model.weights(torch.as_tensor(back.prep.windows(path))).double().mean(0).numpy()       # [n_layers,n_leads or n_out]
+    one, many = back.predict(path).gate, back.predict([path, path]).gate
+    columns = list(PREP.leads) if name == 'leads' else ['MI', 'NORM', 'CD']
+    assert np.ptp(w, 1).max() > 1e-4 and np.ptp(w, 0).max() > 1e-3
+    for l in (1, 2, 3):
+        for i,c in enumerate(columns): assert abs(one.loc[l,c] - w[l-1,i]) < 1e-6 and (abs(many[f'{l} {c}'] - w[l-1,i]) < 1e-6).all()
+
+def test_a_threshold_that_is_reached(folder, valid_paths):
+    pma = load_pma(folder)
+    p = pma.predict(valid_paths[0]).probability
+    for at,want in ((p, True), (np.nextafter(p, 2), False)):
+        got = replace(pma, thresholds=replace(pma.thresholds, at=tuple(map(float, at)))).predict(valid_paths[0])
+        assert (got.positive == want).all()
+
 @pytest.mark.parametrize('name', THEIRS)
 def test_what_is_somebodys_own(name, tmp_path):
     kwargs, ways = THEIRS[name]
@@ -389,10 +407,10 @@ GREEDY = {                              # of config.json: name: path, value; an 
     'many leads': (ENC+'leads', lambda v: [f'L{i}' for i in range(100_000)]), 'wide gate': (HEAD+'fuse.args.hidden', {'tuple': [2**40, 8]}), 'wide fuse': (HEAD+'fuse.args.d', 2**40), 'many layers': (HEAD+'fuse.args.n_layers', 2**40),
     'another fuse': (HEAD+'fuse', {'class': 'fastai_ecg_pma.gate.ClassPMA', 'args': {'n_layers': 3, 'd': 32, 'n_out': 2**40}}), 'classifier': (HEAD+'classifier', LINEAR), 'norm': (HEAD+'layer_norm', LINEAR), 'no parameters': (HEAD+'layer_norm', BUFFERS),
     'pool': ('model.pool', LINEAR), 'pool of buffers': ('model.pool', BUFFERS), 'pool in a list': ('model.pool', [LINEAR]), 'pool in a partial': ('model.pool', {'partial': 'fastai_ecg_pma.layers.mean_tokens', 'args': [], 'kwargs': {'special': LINEAR}}),
-    'many modules': (HEAD+'layer_norm', {'class': 'torch.nn.Sequential', 'parts': {str(i): {'class': 'torch.nn.Linear', 'args': {'in_features': 32, 'out_features': 32}} for i in range(20_000)}}),
+    'many modules': (HEAD+'layer_norm', {'class': 'torch.nn.Sequential', 'parts': {str(i): {'class': 'torch.nn.Linear', 'args': {'in_features': 32, 'out_features': 32}} for i in range(5000)}}),
     'nested': (HEAD+'layer_norm', lambda v: nested(200)), 'window': ('preprocess.seq_len', 2**40), 'order': ('preprocess.order', 2**40), 'leads': ('preprocess.leads', [f'L{i}' for i in range(100_000)]), 'rate': ('preprocess.fs', 1e-300),
-    'points': ('calibration', lambda c: dict(method='isotonic', names=c['names'], x=[[i/10**6 for i in range(10**6//4)]]*4, y=[[i/10**6 for i in range(10**6//4)]]*4, one_class=False)), 'labels': ('labels', [f'L{i}' for i in range(500_000)]),
-    'blocks': ('model.blocks', [['blocks.0']*50_000]), 'layers': ('model.layers', list(range(1, 500_000))),
+    'points': ('calibration', lambda c: dict(method='isotonic', names=c['names'], x=[[i/10**6 for i in range(10**6//4)]]*4, y=[[i/10**6 for i in range(10**6//4)]]*4, one_class=False)), 'labels': ('labels', [f'L{i}' for i in range(200_000)]),
+    'blocks': ('model.blocks', [['blocks.0']*20_000]), 'layers': ('model.layers', list(range(1, 200_000))),
 }
 
 def nested(n):
@@ -407,15 +425,15 @@ def greedy_files(at):
     def saved(o, **kwargs): torch.save(o, b := io.BytesIO(), **kwargs); return b.getvalue()
     def header(h, tail=b'0'*100, n=None): h = h if isinstance(h, bytes) else json.dumps(h).encode(); return (len(h) if n is None else n).to_bytes(8, 'little') + h + tail
     put('claims.safetensors', header({'w': dict(dtype='F32', shape=[2**40], data_offsets=[0, 2**42])}))
-    put('overlap.safetensors', header({f'w{i}': dict(dtype='F32', shape=[25], data_offsets=[0, 100]) for i in range(20_000)}))
+    put('overlap.safetensors', header({f'w{i}': dict(dtype='F32', shape=[25], data_offsets=[0, 100]) for i in range(5000)}))
     put('header.safetensors', header(b'{}', n=2**62)); put('header2.safetensors', header(b'{}', n=90_000_000))
     put('deep.safetensors', header(b'['*100_000)); put('deep2.safetensors', header(b'{"w":'*100_000))
-    put('empties.safetensors', header({f'w{i}': dict(dtype='F32', shape=[0, 2**40], data_offsets=[0, 0]) for i in range(20_000)}, b''))
+    put('empties.safetensors', header({f'w{i}': dict(dtype='F32', shape=[0, 2**40], data_offsets=[0, 0]) for i in range(3000)}, b''))
     with zipfile.ZipFile(io.BytesIO(saved(state))) as a, zipfile.ZipFile(at/'bomb.pth', 'w', zipfile.ZIP_DEFLATED) as b:
         for n in a.namelist(): b.writestr(n, bytes(2**27) if n.endswith('data/0') else a.read(n))
     out['bomb.pth'] = at/'bomb.pth'
     raw = bytearray(saved(state)); i = raw.rfind(b'PK\x01\x02'); raw[i+20:i+28] = (2**31).to_bytes(4, 'little')*2; put('sizes.pth', bytes(raw))
-    put('view.pth', saved({'w': torch.zeros(1).expand(2**30)})); put('views.pth', saved({f'w{i}': state['w'] for i in range(20_000)}))
+    put('view.pth', saved({'w': torch.zeros(1).expand(2**30)})); put('views.pth', saved({f'w{i}': state['w'] for i in range(5000)}))
     put('meta.pth', saved({'w': torch.zeros(2**40, device='meta')})); put('legacy.pth', saved(state, _use_new_zipfile_serialization=False))
     put('sparse.pth', saved({'w': torch.sparse_coo_tensor(torch.zeros(1, 1, dtype=int), torch.ones(1), (2**32,))}))
     return out
@@ -536,6 +554,13 @@ def test_files_that_are_mixed_up(two, tmp_path):
     for load in (load_pma, load_encoder):
         with pytest.raises(FileNotFoundError, match='nowhere'): load(tmp_path/'nowhere')
 
+@pytest.mark.parametrize('name', ['nowhere.w', 'backbone.pool.w', 'head.more', 'backbone.encoder.more'])
+def test_weights_that_belong_nowhere(name, folder, tmp_path):
+    shutil.copytree(folder, f := tmp_path/'m')
+    write_tensors(f/'model.safetensors', read_state(f/'model.safetensors') | {name: torch.zeros(1)}, format='pt')
+    rewrite(f, weights=sha256((f/'model.safetensors').read_bytes()).hexdigest())
+    with pytest.raises(ValueError, match=name.split('.')[-1]): load_pma(f)
+
 VALUES = [None, True, False, 0, 1, -1, 2, 7, 2**31, 2**63, -2**40, 10**400, .5, -1e-300, 1e300, '', 'x', 'V1', 'mean', '\ud800', 'a'*300, [], [0], [[]], ['I', 'II'], [1, 'a'], {}, {'class': 'torch.nn.Identity', 'args': {}}, {'function': 'fastai_ecg_pma.layers.mean_leads'},
           {'tuple': [1, 2]}, {'dict': {}}, {'partial': 'fastai_ecg_pma.gate.top_k', 'args': [], 'kwargs': {'k': 2}}, {'class': 'torch.nn.Linear', 'args': {}}, {'class': 'fastai_ecg_pma.layers.LayerStack', 'args': {'encoder': {'class': 'torch.nn.Identity', 'args': {}}}}]
 
@@ -564,7 +589,7 @@ def test_strange_values_in_a_configuration(folder, d, tmp_path):
     x = pd.DataFrame(simulate_ecg(rng=3, seconds=10).T, columns=list(PTBXL_LEADS))
     rng, seen = random.Random(0), Counter()
     save_pma(learner_of(**ENCODERS['TSTPlus']), d/'tst', score=False)
-    for base,n in ((folder, 150), (d/'tst', 30)):
+    for base,n in ((folder, 110), (d/'tst', 20)):
         shutil.copytree(base, f := tmp_path/base.name)
         config = json.loads((f/'config.json').read_text())
         for i in range(n):
@@ -577,7 +602,7 @@ def test_strange_values_in_a_configuration(folder, d, tmp_path):
             try: p = pma.predict(x, fs=100)
             except BadRecord: seen['bad record'] += 1; continue
             assert np.isfinite(p.probability).all() and len(p.probability) == len(pma.labels), c
-    assert seen[True] > 80 and seen[False] > 15, seen
+    assert seen[True] > 60 and seen[False] > 10, seen
 
 def test_damaged_bytes_of_files_of_others(tmp_path):
     "Of a file under ST-MEM's names and of a safetensors file: refused, or weights that are numbers"
