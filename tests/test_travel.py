@@ -549,6 +549,9 @@ def test_files_that_are_mixed_up(two, tmp_path):
         for load in (load_pma, load_encoder):
             with pytest.raises(exc) as e: load(tmp_path)
             assert type(e.value) is exc and str(tmp_path) in str(e.value)
+    for number in (b'NaN', b'Infinity', b'-Infinity', b'1e999', b'-1e999', b'9'*5000):
+        put(good['config.json'].replace(b'"fs": 100', b'"fs": '+number), good['model.safetensors'])
+        with pytest.raises(DamagedFile, match='config.json is damaged'): load_pma(tmp_path)
     (tmp_path/'config.json').unlink(missing_ok=True); (tmp_path/'config.json').mkdir()
     with pytest.raises(FileNotFoundError): load_pma(tmp_path)
     for load in (load_pma, load_encoder):
