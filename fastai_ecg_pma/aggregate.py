@@ -142,7 +142,7 @@ class OwnNorm(nn.Module):
 
     def forward(self, h):
         w,b = (p.view(len(p), *[1]*(h.ndim-3), -1) for p in (self.weight, self.bias))
-        return layer_norm(h, h.shape[-1:])*w + b
+        return layer_norm(h, (self.d,))*w + b
 
 # %% ../nbs/21_aggregate.ipynb #31cc29ac
 def mlp_head(d:int, n_out:int, hidden:int=256):

@@ -32,7 +32,7 @@ class Attentive(Fuse):
 
     def attended(self, h):
         "What attention reads, `[bs,d]`, and its weights, `[bs,n_layers*n_leads]`, a mean over heads"
-        h = h if self.norm_first else layer_norm(h, h.shape[-1:])
+        h = h if self.norm_first else layer_norm(h, (self.d,))
         z,w = self.attend(self.query.expand(h.shape[0], 1, -1), (h+self.slots).flatten(1,2), h.flatten(1,2))
         return z[:,0],w[:,0]
 
@@ -67,7 +67,7 @@ class AttentionPool(nn.Module):
 
     def weights(self, patches):
         "What each query pays to each patch: `[bs,n_leads,n_patches,n_queries]`; sums to 1 over a record's patches, with `by_lead` over each lead's"
-        s = layer_norm(patches, patches.shape[-1:])@self.queries.T/patches.shape[-1]**.5
+        s = layer_norm(patches, (self.d,))@self.queries.T/self.d**.5
         return s.softmax(2) if self.by_lead else s.flatten(1,2).softmax(1).view_as(s)
 
     def forward(self, patches, special=None):

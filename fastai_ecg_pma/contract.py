@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'close', 'check_states', 'check_alone', 'check_gradient', 'same_readout', 'check_audit', 'check_untouched',
-           'check_blocks', 'check_copied', 'check_exported', 'check_compiled', 'no_fast_path', 'check_onnx',
-           'check_tuned', 'check_model', 'overhead']
+           'check_blocks', 'check_copied', 'check_exported', 'check_compiled', 'check_onnx', 'check_tuned',
+           'check_model', 'overhead']
 
 # %% ../nbs/55_contract.ipynb #5add14f0
 import io, tempfile, time, warnings
 import numpy as np, torch
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from copy import deepcopy
 from fastai.learner import load_learner
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import nn
 
 from .blocks import first_tensor
 from .encoder import encoder_stack, example, find_encoder
+from .export import onnx_runner, trace_onnx
 from .gate import PMA
 from .layers import LayerStack
 from .learner import pma_learner
@@ -93,23 +94,12 @@ def check_compiled(learn, x, model, features, backend='eager'):
         fast = torch.compile(learn.model, backend=backend)
         for y in (x, x.flip(-1), x[:2].roll(1, -1)): close(fast(y.clone()), learn.model(y.clone()))
 
-@contextmanager
-def no_fast_path():
-    "torch's fused attention of `nn.MultiheadAttention` in evaluation mode has no ONNX form; without it the outputs are the same"
-    was = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try: yield
-    finally: torch.backends.mha.set_fastpath_enabled(was)
-
 @torch.no_grad()
 def check_onnx(learn, x, model, features):
-    import onnxruntime
-    with tempfile.TemporaryDirectory() as d, warnings.catch_warnings(), no_fast_path():
-        warnings.simplefilter('ignore')
-        torch.onnx.export(learn.model, (x,), f'{d}/m.onnx', dynamo=False, input_names=['x'], output_names=['y'], dynamic_axes={n:{0:'bs'} for n in 'xy'}, opset_version=17)
-        (quiet := onnxruntime.SessionOptions()).log_severity_level = 3
-        run = onnxruntime.InferenceSession(f'{d}/m.onnx', quiet, providers=['CPUExecutionProvider'])
-        for y in (x, x.flip(-1), x[:1]): close(torch.from_numpy(run.run(None, {'x':y.numpy()})[0]), learn.model(y), 1e-3)
+    with tempfile.TemporaryDirectory() as d:
+        trace_onnx(learn.model, x, f'{d}/m.onnx')
+        run = onnx_runner(f'{d}/m.onnx')
+        for y in (x, x.flip(-1), x[:1]): close(torch.from_numpy(run(y)[0]), learn.model(y), 1e-3)
 
 def check_tuned(learn, x, model, features):
     l = pma_learner(learn.dls, learn, same_readout(learn))

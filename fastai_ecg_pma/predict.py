@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from functools import partial
 from pathlib import Path
 from rich.progress import track
+from threading import Lock
 from torch import nn
 
 from .aggregate import FusedModel
@@ -85,6 +86,8 @@ class Prediction:
 def _html(s): return str(s).replace('&', '&amp;').replace('<', '&lt;')
 
 # %% ../nbs/51_predict.ipynb #6e201d6e
+_ONE_AT_A_TIME = Lock()                # a `LayerStack` listens to its encoder while that runs, and would hear the records of another thread, too
+
 ACTIVATIONS = dict(labels=torch.sigmoid, numbers=nn.Identity(), **{'class': partial(torch.softmax, dim=-1)})
 
 @dataclass(repr=False)
@@ -116,7 +119,7 @@ class Predictor:
     def _outputs(self, x):
         "Windows `[n,n_leads,seq_len]` -> outputs `[n,n_out]`, and weights of layers `[n,n_layers,…]` or None"
         m = self.model
-        h = m.stack(x.to(next(m.parameters()).device))
+        with _ONE_AT_A_TIME: h = m.stack(x.to(next(m.parameters()).device))
         y, z = ACTIVATIONS[self.task](m.head(h, m.backbone.norm)), m.head.normed(h, m.backbone.norm)
         try: w = m.head.fuse.weights(z)
         except ValueError: w = None                                          # it fuses otherwise
@@ -145,8 +148,7 @@ def predict(
 @patch
 def _record(self:Predictor, path):
     "Windows of a record, and what is odd about it"
-    row = check_record(path, self.prep)
-    x = self.prep.windows(path)
+    row, x = check_record(path), self.prep.windows(path)
     return x, [f'{what}: {detail}' for verdict,what,detail in row['found'] if verdict != 'remark'] + self._of_leads(row['leads'].split(', ')) + self._of_rate(row['fs'], row['seconds'])
 
 @patch
