@@ -49,7 +49,7 @@ def read_config(folder) -> dict:
     "The configuration of a model, in today's format; `FileNotFoundError`, `DamagedFile` or `ValueError` says what is wrong with the folder"
     file = _there(Path(folder), CONFIG)
     if (n := file.stat().st_size) > MAX_CONFIG: raise ValueError(f'{file} has {n} bytes, no configuration has more than {MAX_CONFIG}')
-    try: config = json.loads(file.read_bytes(), parse_constant=_no_number)
+    try: config = json.loads(file.read_bytes(), parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError) as e: raise DamagedFile(f'{file} is damaged: {type(e).__name__} {e}') from None
     if not isinstance(config, dict) or type(config.get('format')) is not int: raise ValueError(f'{file} is not the configuration of a model: it names no format')
     if config['format'] > FORMAT: raise ValueError(f'{file} has format {config["format"]}, this version of fastai_ecg_pma reads up to {FORMAT}: update it')
@@ -60,6 +60,7 @@ def read_config(folder) -> dict:
     return config
 
 def _no_number(s): raise ValueError(f'{s} is no number of JSON')
+def _finite(s): return v if abs(v := float(s)) < float('inf') else _no_number(s)
 
 def _there(folder, name):
     if (file := folder/name).is_file(): return file

@@ -7,7 +7,7 @@ __all__ = ['MAX_WINDOW', 'ACTIVATIONS', 'model_facts', 'revive_model', 'Predicti
            'decide', 'save_pma', 'load_pma', 'model_card']
 
 # %% ../nbs/51_predict.ipynb #33437012
-import json, re
+import json, re, reprlib
 import numpy as np, pandas as pd, torch, yaml
 from dataclasses import asdict, dataclass, field, replace
 from fastai.torch_core import get_model
@@ -19,16 +19,18 @@ from threading import Lock
 from torch import nn
 
 from .aggregate import FusedModel
-from .calibrate import Calibration, Thresholds, calibration_table, choose_thresholds, fit_calibration
+from .calibrate import MAX_LABELS, Calibration, Thresholds, calibration_table, choose_thresholds, fit_calibration
 from .doctor import check_record
 from .folder import read_folder, write_folder
 from .gate import ClassPMA
 from .headers import BadRecord
 from .layers import LayerStack
+from .leads import LIMB, lead_name
 from .learner import batch_tfms, by_record, evaluate, row_scores, task_of
 from .protocol import Protocol
-from .recipe import build, build_for, recipe
+from .recipe import build_bare, build_for, recipe
 from .records import Preprocess
+from .tensorfile import some
 from .weights import encoder_facts, encoder_in, revive_encoder
 from .windows import aggregate_windows
 
@@ -52,9 +54,10 @@ def revive_model(
 ):
     "The model, in evaluation mode"
     if (n := len(prep.leads)*prep.seq_len) > MAX_WINDOW: raise ValueError(f'its windows have {n} numbers, more than {MAX_WINDOW}')
+    if odd := [k for k in state if not k.startswith(('backbone.encoder.', 'head.'))]: raise ValueError(f'{some(odd)}: neither of the encoder nor of the head')
     enc = revive_encoder(*encoder_in(dict(kind='pma', model=facts), state), known, module)
     blocks = [[enc.get_submodule(p) for p in b] for b in facts['blocks']]
-    stack = LayerStack(enc, (len(prep.leads), prep.seq_len), facts['layers'], blocks, build(facts['pool'], known), facts['normed'])
+    stack = LayerStack(enc, (len(prep.leads), prep.seq_len), facts['layers'], blocks, build_bare(facts['pool'], known), facts['normed'])
     head = build_for(facts['head'], {k.removeprefix('head.'): v for k,v in state.items() if k.startswith('head.')}, known)
     return FusedModel(stack, head).eval()
 
@@ -101,9 +104,11 @@ class Predictor:
 
     def __post_init__(self):
         if self.task not in ACTIVATIONS or self.aggregate not in ('mean', 'max'): raise ValueError(f'task is {self.task!r}, aggregate {self.aggregate!r}: they are one of {", ".join(ACTIVATIONS)}, and mean or max')
-        if not self.labels or not all(isinstance(l, str) for l in self.labels): raise ValueError(f'labels are {self.labels!r}: names are expected')
+        l = self.labels
+        if not isinstance(l, list) or not 1 <= len(l) <= MAX_LABELS or not all(isinstance(n, str) for n in l) or len(set(l)) < len(l): raise ValueError(
+            f'labels are {reprlib.repr(l)}: a list of 1 to {MAX_LABELS} different names is expected')
         for name in ('calibration', 'thresholds'):
-            if (o := getattr(self, name)) and list(o.names) != list(self.labels): raise ValueError(f'the {name} is of {", ".join(o.names)}, the model of {", ".join(self.labels)}')
+            if (o := getattr(self, name)) and list(o.names) != list(self.labels): raise ValueError(f'the {name} is of {some(o.names)}, the model of {some(self.labels)}')
         self.model.eval()
         y, w = self._outputs(torch.zeros(1, len(self.prep.leads), self.prep.seq_len))
         if y.shape != (1, len(self.labels)): raise ValueError(f'the model has {list(y.shape[1:])} outputs, there are {len(self.labels)} labels')
@@ -144,7 +149,7 @@ def predict(
 def _record(self:Predictor, path):
     "Windows of a record, and what is odd about it"
     row, x = check_record(path), self.prep.windows(path)
-    return x, [f'{what}: {detail}' for verdict,what,detail in row['found'] if verdict != 'remark'] + self._of_rate(row['fs'], row['seconds'])
+    return x, [f'{what}: {detail}' for verdict,what,detail in row['found'] if verdict != 'remark'] + self._of_leads(row['leads'].split(', ')) + self._of_rate(row['fs'], row['seconds'])
 
 @patch
 def _of_rate(self:Predictor, fs, seconds):
@@ -154,10 +159,17 @@ def _of_rate(self:Predictor, fs, seconds):
     return said + ([f'length: {seconds:g} s, padded to {self.prep.seq_len/self.prep.fs:g} s'] if short else [])
 
 @patch
+def _of_leads(self:Predictor, there):
+    "What stands for leads that were not recorded"
+    gone, limb = [l for l in self.prep.leads if l not in there], self.prep.derive and len(set(LIMB) & set(there)) > 1
+    made = [l for l in gone if limb and l in LIMB]
+    return [f'leads: {", ".join(ls)} not recorded, {what}' for ls,what in ((made, 'calculated from other limb leads'), ([l for l in gone if l not in made], f'the model sees {self.prep.fill:g} in their place')) if ls]
+
+@patch
 def _signal(self:Predictor, table, fs):
     if not isinstance(table, pd.DataFrame): raise ValueError(f'a signal is a DataFrame with a column a lead, not a {type(table).__name__}')
     x = self.prep.take(table.to_numpy(np.float64), fs, [str(c) for c in table.columns])
-    return np.stack([self.prep.window(x, s) for s in self.prep.starts(x.shape[1], 'the signal')]), self._of_rate(fs, len(table)/fs)
+    return np.stack([self.prep.window(x, s) for s in self.prep.starts(x.shape[1], 'the signal')]), self._of_leads([*map(lead_name, map(str, table.columns))]) + self._of_rate(fs, len(table)/fs)
 
 # %% ../nbs/51_predict.ipynb #514bd7dd
 @patch
@@ -315,7 +327,7 @@ def load_pma(
     try:
         prep = Preprocess.from_dict(c['preprocess'])
         given = {k: v and cls.from_dict(v) for k,cls,v in (('calibration', Calibration, c['calibration']), ('thresholds', Thresholds, c['thresholds']))}
-        return Predictor(revive_model(c['model'], state, prep, known, module), prep, list(c['labels']), c['task'], c['aggregate'], **given, facts=dict(c['facts'], versions=c.get('versions'), weights=c.get('weights')))
+        return Predictor(revive_model(c['model'], state, prep, known, module), prep, c['labels'], c['task'], c['aggregate'], **given, facts=dict(c['facts'], versions=c.get('versions'), weights=c.get('weights')))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, ArithmeticError, AssertionError) as e: raise ValueError(
         f'{folder}: {e if type(e) is ValueError else f"config.json does not describe a model: {type(e).__name__} {e}"}') from e
 

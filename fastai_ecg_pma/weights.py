@@ -78,7 +78,7 @@ def load_encoder(
 def _from_folder(path, known, module):
     config, state = read_folder(path, 'encoder', 'pma')
     try: return revive_encoder(*encoder_in(config, state), known, module)
-    except (ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(f'{path}: {e if isinstance(e, ValueError) else f"config.json describes no encoder: {type(e).__name__} {e}"}') from e
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, ArithmeticError, AssertionError) as e: raise ValueError(f'{path}: {e if isinstance(e, ValueError) else f"config.json describes no encoder: {type(e).__name__} {e}"}') from e
 
 def _prepared(enc, prep, path):
     if (was := enc.prep) not in (None, prep): raise ValueError(f'{path} says that it was trained on {was}, not on {prep}: leave prep out')

@@ -57,7 +57,9 @@ def test_known_distortions_are_undone(seed):
             error = np.sqrt(np.diag(np.linalg.inv((d*w) @ d.T)))                          # of a logistic regression
             assert (np.abs(np.array([cal.a[i] - 1/scale, cal.b[i] + shift/scale]))/error < 4).all()
             assert error[0] < .05/scale
-    for scale in (.5, 1, 3): assert fit_calibration(expit(scale*z), y, method='temperature').T == pytest.approx(scale, rel=.05)
+    for scale in (.07, .5, 1, 3): assert fit_calibration(expit(scale*z), y, method='temperature').T == pytest.approx(scale, rel=.05)
+    flat = .15*z; y = (np.random.default_rng(seed).random(z.shape) < expit(flat)).astype(int)      # 15 times these are log-odds that float32 can still tell from 1
+    assert fit_calibration(expit(15*flat), y, method='temperature').T == pytest.approx(15, rel=.12)
 
 
 def test_calibrated_is_better_elsewhere():
@@ -321,8 +323,17 @@ def test_targets_are_checked():
         with pytest.raises(ValueError, match=message): choose_thresholds(p, y, **kw)
     assert choose_thresholds(p, y, ['AF'], specificity=.5).attrs['rule'] == 'specificity >= 0.5'
     assert choose_thresholds(np.ones((4, 1)), y, specificity=1.).threshold[0] == np.inf and choose_thresholds(p, y, specificity=1.).threshold[0] == .75
-    neighbours = np.array([[.3], [np.nextafter(.3, 1)]])
-    assert (neighbours >= choose_thresholds(neighbours, [[0], [1]], sensitivity=1.).threshold[0]).tolist() == [[False], [True]]
+
+
+@pytest.mark.parametrize('low', [.3, np.nextafter(.3, 1)])
+def test_threshold_parts_neighbouring_floats(low):
+    p = np.array([[low], [np.nextafter(low, 1)]])                                            # nothing is between them: halfway is rounded to one of them
+    assert (p >= choose_thresholds(p, [[0], [1]], sensitivity=1.).threshold[0]).tolist() == [[False], [True]]
+
+
+def test_equally_good_f1_takes_the_highest_threshold():
+    p, y = np.array([[.9], [.5], [.4], [.3]]), np.array([[1], [0], [0], [1]])                # 2/3 with the first, and with all
+    assert choose_thresholds(p, y, f1=True).threshold[0] == pytest.approx(.7)
 
 
 def test_wilson():
@@ -383,6 +394,17 @@ def test_strange_files_are_refused_or_work(good):
     assert type(good).from_dict(good.as_dict()) == good
     for other in ([], None, 'x', 3, [('method', 'platt')]):
         with pytest.raises(ValueError, match='a dictionary is expected'): type(good).from_dict(other)
+
+
+@pytest.mark.parametrize('change,message', [
+    (dict(method='isotonic', x=[[.5, .5]], y=[[0., .1]]), 'must rise in x'), (dict(method='isotonic', x=[[0., 1.]], y=[[1., 0.]]), 'may not fall in y'), (dict(method='isotonic', x=[[0., 1.]], y=[[1.]]), '2 x and 1 y'),
+    (dict(method='isotonic', x=[[0., 1.1]], y=[[0., 1.]]), 'outside of 0 to 1'), (dict(method='isotonic', x=[[0.]*(MAX_POINTS+1)], y=[[0.]]), f'x has {MAX_POINTS+1} entries: expected 1 to {MAX_POINTS}'), (dict(method='isotonic', x=[[]], y=[[]]), 'x has 0 entries'),
+    (dict(method='platt', a=[True], b=[0.]), 'a holds True'), (dict(method='platt', a=['1'], b=[0.]), "a holds '1'"), (dict(method='platt', a=[1.], b=[float('nan')]), 'b holds nan'), (dict(method='platt', a=[-.1], b=[0.]), 'a is -0.1'),
+    (dict(method='platt', a=[1., 1.], b=[0.]), 'a has 2 entries: expected 1$'), (dict(method='platt', a=[1.], b=[0.], T=1.), 'T is 1.0: platt takes a and b'), (dict(method='platt', a=[1.]), 'b is None'), (dict(method='platt', a=[1.], b=[0.], one_class=True), 'only with temperature'),
+    (dict(method='temperature', T=0), 'T is 0'), (dict(method='temperature', T=-1.), 'T is -1'), (dict(method='temperature', T=10**400), 'T holds'), (dict(method='temperature', T=1., one_class=1), 'one_class is 1'), (dict(method='temperature', T=1., names=['AF', 'AF']), "'AF' is there twice"),
+    (dict(method='temperature', T=1., names=[]), 'names has 0'), (dict(method='temperature', T=1., names='AF'), "names is 'AF'"), (dict(method='temperature', T=1., scale=2), "'scale' is no part of a calibration"), (dict(method=['platt']), r"method is \['platt'\]"), (dict(T=1.), 'method is missing')])
+def test_what_is_refused(change, message):
+    with pytest.raises(ValueError, match=message): Calibration.from_dict(dict(names=['AF']) | change)
 
 
 def test_steep_points_stay_between_their_neighbours():
