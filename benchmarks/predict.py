@@ -21,7 +21,7 @@ runtime  the model alone, torch against onnxruntime (one thread) with the file o
 load     seconds of `load_pma` and of an onnxruntime session, MB of both files, seconds of `export_onnx` with its check
 
 Seconds are those of this process on the processor, so other work on the machine counts less. The two of a pair take turns, who goes first alternates; ratios are medians over the turns with the lowest and the highest. Each takes as many turns
-as fit in `--seconds`, between 3 and 30, after one that is not counted. One thread. About four minutes on one thread of a busy machine.
+as fit in `--seconds`, between 3 and 30, after one that is not counted. One thread. About a quarter of an hour, most of it loading `base`.
 """
 import argparse, csv, os, tempfile, warnings
 warnings.filterwarnings('ignore', '.*torch.jit.script')
