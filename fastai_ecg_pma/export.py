@@ -53,8 +53,7 @@ def export_facts(
     with tempfile.TemporaryDirectory() as d:
         write_tensors(Path(d)/'w', state, format='pt')
         weights = file_sha256(Path(d)/'w')
-    return dict(labels=p.labels, task=p.task, preprocess=p.prep.as_dict(), read_version=READ_VERSION, aggregate=p.aggregate, calibration=p.calibration and p.calibration.as_dict(),
-                thresholds=p.thresholds and p.thresholds.as_dict(), weights=weights, versions=versions(), **{k: p.facts[k] for k in ('title', 'license', 'notes', 'protocol_hash') if p.facts.get(k)})
+    return dict(p.as_dict(), read_version=READ_VERSION, weights=weights, versions=versions(), **{k: p.facts[k] for k in ('title', 'license', 'notes', 'protocol_hash') if p.facts.get(k)})
 
 # %% ../nbs/52_export.ipynb #eb11dfcc
 TOLERANCE = 1e-5

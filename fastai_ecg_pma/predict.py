@@ -7,7 +7,7 @@ __all__ = ['MAX_WINDOW', 'ACTIVATIONS', 'model_facts', 'revive_model', 'Predicti
            'decide', 'save_pma', 'load_pma', 'model_card']
 
 # %% ../nbs/51_predict.ipynb #33437012
-import json, re, reprlib
+import json, reprlib
 import numpy as np, pandas as pd, torch, yaml
 from dataclasses import asdict, dataclass, field, replace
 from fastai.torch_core import get_model
@@ -27,8 +27,7 @@ from .headers import BadRecord
 from .layers import LayerStack
 from .leads import LIMB, lead_name
 from .learner import batch_tfms, by_record, evaluate, row_scores, task_of
-from .protocol import Protocol
-from .recipe import build_bare, build_for, recipe
+from .recipe import build_bare, build_for, find_named, recipe
 from .records import Preprocess
 from .tensorfile import some
 from .weights import encoder_facts, encoder_in, revive_encoder
@@ -112,6 +111,11 @@ class Predictor:
         self.model.eval()
         y, w = self._outputs(torch.zeros(1, len(self.prep.leads), self.prep.seq_len))
         if y.shape != (1, len(self.labels)): raise ValueError(f'the model has {list(y.shape[1:])} outputs, there are {len(self.labels)} labels')
+
+    def as_dict(self) -> dict:
+        "All but the model and the facts of its training, as JSON can hold it"
+        plain = lambda o: o and o.as_dict()
+        return dict(task=self.task, labels=self.labels, preprocess=self.prep.as_dict(), aggregate=self.aggregate, calibration=plain(self.calibration), thresholds=plain(self.thresholds))
 
     def __repr__(self): return f'Predictor of {", ".join(self.labels[:6])}{" …" if len(self.labels) > 6 else ""}; {self.prep}'
 
@@ -301,20 +305,22 @@ def save_pma(
     **kwargs): # To `predictor`: score=…, title=…, license=…, notes=…
     "Write a model with all that it takes to answer for a record: `load_pma`"
     p = replace(learn, facts={**learn.facts, **kwargs}) if isinstance(learn, Predictor) else predictor(learn, **kwargs)
-    config = dict(task=p.task, labels=p.labels, model=model_facts(p.model), preprocess=p.prep.as_dict(), aggregate=p.aggregate, calibration=p.calibration and p.calibration.as_dict(),
-                  thresholds=p.thresholds and p.thresholds.as_dict(), facts=p.facts)
+    config = dict(p.as_dict(), model=model_facts(p.model), facts=p.facts)
     state = {k: v.detach().cpu() for k,v in p.model.state_dict().items()}
     _check_again(p, json.loads(json.dumps(config, allow_nan=False)), state, known)
     return write_folder(folder, 'pma', config, state, model_card(p))
 
 def _check_again(p, config, state, known):
     "`ValueError` unless the model that the file makes gives the outputs of this one"
-    enc, r = p.model.backbone.encoder, config['model']['encoder']['model']
-    ours = 'unwritten' not in r and not any(type(enc).__name__ == k.__name__ for k in known if isinstance(k, type))
-    again = revive_model(config['model'], state, p.prep, known, module=None if ours and re.match('fastai_ecg_pma|tsai', r['class']) else enc)
+    again = revive_model(config['model'], state, p.prep, known, None if _is_named(config['model']['encoder']['model'], known) else p.model.backbone.encoder)
     x, device = torch.randn(2, len(p.prep.leads), p.prep.seq_len, generator=torch.Generator().manual_seed(0)), next(p.model.parameters()).device
     with torch.no_grad(): far = (again.to(device)(x.to(device)) - p.model.eval()(x.to(device))).abs().max()
     if not far < 1e-5: raise ValueError(f'made anew from its recipe, the model gives other outputs (by {far:.2g}): it was changed after it was made')
+
+def _is_named(r, known):
+    "Will `load_pma` find the class of the encoder by its name?"
+    try: return bool(find_named(r.get('class'), known))
+    except ValueError: return False
 
 # %% ../nbs/51_predict.ipynb #cd90f369
 def load_pma(

@@ -72,11 +72,9 @@ def _check_hash(file):
 # %% ../nbs/25_tensorfile.ipynb #11895688
 def file_sha256(file) -> str:
     "SHA-256 of a file, 64 hex digits"
-    with Path(file).open('rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else _digest(f)
-
-def _digest(f):
-    sha = hashlib.sha256()                                                   # Python 3.10
-    while piece := f.read(2**22): sha.update(piece)
+    sha = hashlib.sha256()
+    with Path(file).open('rb') as f:
+        while piece := f.read(2**22): sha.update(piece)
     return sha.hexdigest()
 
 # %% ../nbs/25_tensorfile.ipynb #9b05ef6b
