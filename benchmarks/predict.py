@@ -31,7 +31,7 @@ from pathlib import Path
 from statistics import median
 from time import process_time
 import numpy as np, onnxruntime, torch
-from fastai_ecg_pma import headers, predict, records
+from fastai_ecg_pma import decide, headers, predict, records, saved
 from fastai_ecg_pma.calibrate import Calibration, Thresholds
 from fastai_ecg_pma.data import ecg_dls
 from fastai_ecg_pma.encoder import make_vit
@@ -86,7 +86,7 @@ def make(kind, size):
     x = np.random.default_rng(0).standard_normal((n, 12, prep.seq_len), np.float32)
     dls = ecg_dls(x, np.eye(5, dtype=np.float32)[np.arange(n) % 5], LABELS, np.arange(n) >= 5, prep, bs=2)
     torch.manual_seed(0)
-    p = predict.predictor(pma_learner(dls, make_vit(dls, size, KINDS[kind][1]), seed=0), score=False)
+    p = decide.predictor(pma_learner(dls, make_vit(dls, size, KINDS[kind][1]), seed=0), score=False)
     return replace(p, calibration=Calibration('platt', LABELS, a=[1.]*5, b=[.1]*5), thresholds=Thresholds(tuple(LABELS), (.5,)*5))
 
 def one(p, path, limit):
@@ -136,8 +136,8 @@ if __name__ == '__main__':
             for kind in KINDS:
                 row, folder, file = dict(size=size, kind=kind), d/f'{size}-{kind}', d/f'{size}-{kind}.onnx'
                 make(kind, size).save(folder)
-                loads = enough(lambda i: seconds(lambda: predict.load_pma(folder)), args.seconds/2)
-                p = predict.load_pma(folder)
+                loads = enough(lambda i: seconds(lambda: saved.load_pma(folder)), args.seconds/2)
+                p = saved.load_pma(folder)
                 tables['one'].add(**row, **one(p, paths[kind][0], args.seconds))
                 many = paths[kind][:16 if size == 'base' else 64]
                 if kind == 'pma':

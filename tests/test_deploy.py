@@ -19,7 +19,7 @@ from fastai_ecg_pma.export import export_onnx, onnx_runner
 from fastai_ecg_pma.gate import LeadPMA
 from fastai_ecg_pma.layers import mean_leads
 from fastai_ecg_pma.learner import pma_learner
-from fastai_ecg_pma.predict import predictor
+from fastai_ecg_pma.decide import predictor
 from fastai_ecg_pma.records import Preprocess
 from fastai_ecg_pma.synth import simulate_ecg, write_record
 

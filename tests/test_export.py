@@ -20,7 +20,7 @@ from fastai_ecg_pma.gate import PMA, ClassPMA, LeadPMA, top_k
 from fastai_ecg_pma.gates import prune
 from fastai_ecg_pma.layers import class_token, mean_leads
 from fastai_ecg_pma.learner import pma_learner
-from fastai_ecg_pma.predict import predictor
+from fastai_ecg_pma.decide import predictor
 from fastai_ecg_pma.records import Preprocess
 
 pytest.importorskip('onnx', reason='an ONNX file needs it')

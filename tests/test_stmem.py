@@ -17,7 +17,8 @@ from fastai_ecg_pma.layers import LayerStack
 from fastai_ecg_pma.leads import LEADS, PMA_LEADS
 from fastai_ecg_pma.mae import MAE
 from fastai_ecg_pma.masking import masked_mse, patchify
-from fastai_ecg_pma.predict import Predictor, load_pma
+from fastai_ecg_pma.predict import Predictor
+from fastai_ecg_pma.saved import load_pma
 from fastai_ecg_pma.records import PREPROCESS, Preprocess
 from fastai_ecg_pma.stmem import PartialLoad, load_original_pma, load_stmem_mae, save_stmem
 from fastai_ecg_pma.vit1d import ViT1d

@@ -36,7 +36,8 @@ from fastai_ecg_pma.gates import prune
 from fastai_ecg_pma.headers import BadRecord
 from fastai_ecg_pma.layers import mean_leads
 from fastai_ecg_pma.learner import by_record, pma_learner, predict_record, pretrain_learner, row_scores
-from fastai_ecg_pma.predict import calibrate, decide, load_pma, predictor, save_pma
+from fastai_ecg_pma.decide import calibrate, decide, predictor
+from fastai_ecg_pma.saved import load_pma, save_pma
 from fastai_ecg_pma.ptbxl import ptbxl_dls
 from fastai_ecg_pma.records import Preprocess, read_ecg
 from fastai_ecg_pma.synth import PTBXL_LEADS, simulate_ecg, synth_ptbxl, write_record
@@ -80,7 +81,7 @@ def valid_paths(dls):
 
 ELSEWHERE = '''
 import sys, json
-from fastai_ecg_pma.predict import load_pma
+from fastai_ecg_pma.saved import load_pma
 import torch
 torch.set_num_threads(int(sys.argv[1]))
 many = load_pma(sys.argv[2]).predict(json.loads(sys.argv[3]))
@@ -442,7 +443,7 @@ GREED = '''
 import json, resource, sys, time, warnings
 from pathlib import Path
 warnings.filterwarnings('ignore')
-from fastai_ecg_pma.predict import load_pma
+from fastai_ecg_pma.saved import load_pma
 from fastai_ecg_pma.stmem import load_original_pma, load_stmem_encoder, load_stmem_mae
 from fastai_ecg_pma.tensorfile import read_state
 from fastai_ecg_pma.weights import load_encoder
