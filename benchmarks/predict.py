@@ -32,7 +32,8 @@ from statistics import median
 from time import process_time
 import numpy as np, onnxruntime, torch
 from fastai_ecg_pma import decide, headers, predict, records, saved
-from fastai_ecg_pma.calibrate import Calibration, Thresholds
+from fastai_ecg_pma.calibrate import Calibration
+from fastai_ecg_pma.thresholds import Thresholds
 from fastai_ecg_pma.data import ecg_dls
 from fastai_ecg_pma.encoder import make_vit
 from fastai_ecg_pma.export import export_onnx

@@ -10,9 +10,10 @@ import numpy as np, pandas as pd, torch
 from dataclasses import asdict
 from fastai.torch_core import get_model
 
-from .calibrate import Thresholds, calibration_table, choose_thresholds, fit_calibration
+from .calibrate import calibration_table, fit_calibration
 from .learner import batch_tfms, by_record, evaluate, row_scores, task_of
 from .predict import Predictor
+from .thresholds import Thresholds, choose_thresholds
 
 # %% ../nbs/52_decide.ipynb #4f1d35cf
 def predictor(

@@ -17,13 +17,14 @@ from threading import Lock
 from torch import nn
 
 from .aggregate import FusedModel
-from .calibrate import MAX_LABELS, Calibration, Thresholds
+from .calibrate import MAX_LABELS, Calibration
 from .doctor import check_record
 from .gate import ClassPMA
 from .headers import BadRecord
 from .leads import LIMB, lead_name
 from .records import Preprocess
 from .tensorfile import some
+from .thresholds import Thresholds
 from .windows import aggregate_windows
 
 # %% ../nbs/51_predict.ipynb #624e8a73

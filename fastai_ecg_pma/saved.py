@@ -12,7 +12,7 @@ from dataclasses import replace
 from fastcore.basics import patch
 
 from .aggregate import FusedModel
-from .calibrate import Calibration, Thresholds
+from .calibrate import Calibration
 from .folder import read_folder, write_folder
 from .layers import LayerStack
 from .decide import predictor
@@ -20,6 +20,7 @@ from .predict import Predictor
 from .recipe import build_bare, build_for, find_named, recipe
 from .records import Preprocess
 from .tensorfile import some
+from .thresholds import Thresholds
 from .weights import encoder_facts, encoder_in, revive_encoder
 
 # %% ../nbs/53_saved.ipynb #fc6a0596

@@ -14,9 +14,10 @@ from scipy.stats import binomtest
 from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import confusion_matrix, roc_auc_score
 
-from fastai_ecg_pma.calibrate import (FEW, MAX_POINTS, T_RANGE, Calibration, FewPositives, NoThreshold, NotCalibrated, Thresholds, calibration_table, choose_thresholds, cross_calibrated,
-                                      fit_calibration, log_odds, patient_folds, plot_reliability, reliability, threshold_table, wilson)
+from fastai_ecg_pma.calibrate import (FEW, MAX_POINTS, T_RANGE, Calibration, FewPositives, NotCalibrated, calibration_table, cross_calibrated,
+                                      fit_calibration, log_odds, patient_folds, plot_reliability, reliability, wilson)
 from fastai_ecg_pma.metrics import class_aurocs, class_briers, class_eces, f1_thresholds
+from fastai_ecg_pma.thresholds import NoThreshold, Thresholds, choose_thresholds, threshold_table
 
 METHODS = 'temperature', 'platt', 'isotonic'
 many = settings(max_examples=120, deadline=None, derandomize=True)

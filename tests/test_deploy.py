@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastai_ecg_pma.calibrate import Calibration, Thresholds
+from fastai_ecg_pma.calibrate import Calibration
+from fastai_ecg_pma.thresholds import Thresholds
 from fastai_ecg_pma.data import ecg_dls
 from fastai_ecg_pma.encoder import make_vit
 from fastai_ecg_pma.export import export_onnx, onnx_runner

@@ -11,7 +11,8 @@ import torch
 
 from fastai_ecg_pma.aggregate import GroupMeans, OwnNorm, class_head
 from fastai_ecg_pma.attend import AttentionPool, Attentive
-from fastai_ecg_pma.calibrate import Calibration, Thresholds
+from fastai_ecg_pma.calibrate import Calibration
+from fastai_ecg_pma.thresholds import Thresholds
 from fastai_ecg_pma.compare import MORE_READOUTS
 from fastai_ecg_pma.data import ecg_dls
 from fastai_ecg_pma.encoder import make_vit
