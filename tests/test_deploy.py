@@ -1,4 +1,4 @@
-"The function behind a web server (nbs/87_deploy.ipynb) against what an upload can hold, and a model that several threads ask"
+"The function behind a web server (nbs/tutorials/08_deploy.ipynb) against what an upload can hold, and a model that several threads ask"
 import ast
 import json
 import sys
@@ -27,7 +27,7 @@ from fastai_ecg_pma.synth import simulate_ecg, write_record
 @pytest.fixture(scope='module')
 def page(root):
     "The names and functions of the page, without running the rest of it"
-    nb = json.loads((root/'nbs/87_deploy.ipynb').read_text())
+    nb = json.loads((root/'nbs/tutorials/08_deploy.ipynb').read_text())
     code = [n for c in nb['cells'] if c['cell_type'] == 'code' for n in ast.parse(''.join(c['source'])).body]
     constant = lambda n: isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name) and n.targets[0].id.isupper()
     names = {}

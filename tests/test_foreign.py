@@ -1,4 +1,4 @@
-"The modules of nbs/86_other_encoders.ipynb against implementations of others, where these are installed"
+"The modules of nbs/howto/other_encoders.ipynb against implementations of others, where these are installed"
 import ast, json, re
 from pathlib import Path
 
@@ -13,7 +13,7 @@ TINY = dict(d=32, n_layers=3, n_heads=2, d_ff=64, d_conv=16, pos=16, groups=4)
 @pytest.fixture(scope='module')
 def page():
     "The classes and functions of the page, without running the rest of it"
-    nb = json.loads((Path(__file__).parents[1]/'nbs/86_other_encoders.ipynb').read_text())
+    nb = json.loads((Path(__file__).parents[1]/'nbs/howto/other_encoders.ipynb').read_text())
     code = [n for c in nb['cells'] if c['cell_type'] == 'code' for n in ast.parse(''.join(c['source'])).body]
     names = {}
     exec(compile(ast.Module([n for n in code if isinstance(n, (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef))], []), 'page', 'exec'), names)

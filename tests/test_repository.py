@@ -23,7 +23,7 @@ def copy(root, tmp_path_factory):
     return d
 
 
-def contents(folder, pattern): return {p.name: p.read_bytes() for p in folder.glob(pattern)}
+def contents(folder, pattern): return {p.relative_to(folder): p.read_bytes() for p in folder.rglob(pattern)}
 
 
 def test_exports_are_current(root, copy):
@@ -42,7 +42,7 @@ def test_notebooks_are_clean(root, copy):
 
 def test_notebooks_hold_no_machine_path(root):
     machine = ['site-packages', str(root), str(Path.home()), tempfile.gettempdir()]
-    for p in (root/'nbs').glob('*.ipynb'):
+    for p in (root/'nbs').rglob('*.ipynb'):
         nb = json.loads(p.read_text())
         cells = [c for c in nb['cells'] if c['cell_type'] == 'code']
         for o in (o for c in cells for o in c['outputs'] if 'data' in o): o['data'] = {k: v for k,v in o['data'].items() if not k.startswith('image/png')}    # base64 holds any word
