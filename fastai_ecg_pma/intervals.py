@@ -13,6 +13,7 @@ from functools import partial
 from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
 from .metrics import check_scores, class_aurocs, mean_of_scored
+from .progress import track
 
 # %% ../nbs/41_intervals.ipynb #41a0c007
 def patient_counts(patients, n:int, seed:int=0):
@@ -137,8 +138,8 @@ class Resampled:
         if patients.shape != (n_records,): raise ValueError(f'{len(patients)} patients for {n_records} records: give one for each record')
         self.point, patient, self.n_records = metric(None)[0], _numbered(patients), n_records
         self.n_patients, none = patient.max()+1, self.point[None][:0]
-        self.drawn = np.concatenate([none, *map(metric, _drawn(patient, n, seed))])
-        self.without = none if method == 'percentile' or not n else np.concatenate([none, *map(metric, _left_out(patient, seed))])
+        self.drawn = np.concatenate([none, *map(metric, track(_drawn(patient, n, seed), 'Resampling patients, blocks'))])
+        self.without = none if method == 'percentile' or not n else np.concatenate([none, *map(metric, track(_left_out(patient, seed), 'Leaving patients out, blocks'))])
 
     def means(self): return mean_of_scored(self.point, self.n_records),*(_means(x) for x in (self.drawn, self.without))
     def columns(self): yield from zip(self.point, self.drawn.T, self.without.T)

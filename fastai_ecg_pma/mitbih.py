@@ -108,7 +108,7 @@ def mitbih_dls(
     prep:Preprocess=BEATS, # What is done to each record, and how long a window is
     as_published:bool=False, # Keep record 202 in DS2, whose patient is in DS1 as record 201
     n_workers:int=0, # Processes that read
-    progress:bool=False, # Show a progress bar
+    progress:bool=None, # Show a bar: None where somebody watches
     **kwargs):
     "tsai `dls` of windows with one class each, DS1 for training and DS2 for validation; kwargs go to `ecg_dls`"
     table = windows(folder, prep)

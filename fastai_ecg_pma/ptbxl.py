@@ -74,7 +74,7 @@ def ptbxl_dls(
     seed:int=0, # Of that choice
     cache=None, # Folder of a cache of all records, made if missing
     n_workers:int=0, # Processes that read
-    progress:bool=False, # Show a progress bar
+    progress:bool=None, # Show a bar: None where somebody watches
     **kwargs):
     "tsai `dls` of PTB-XL with the official folds and labels; kwargs go to `wfdb_dls` and `ecg_dls`"
     table,col = ptbxl_table(folder),{100:'filename_lr', 500:'filename_hr'}.get(rate)
