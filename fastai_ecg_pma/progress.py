@@ -91,7 +91,7 @@ class NotebookView:
 class NotebookBar:
     def __init__(self, label, total):
         from fastprogress.fastprogress import NBProgressBar
-        self.bar = NBProgressBar(range(total or 1), total=total or 1, leave=False, comment=label)
+        self.bar = NBProgressBar((), total='noinfer' if total is None else total, leave=False, comment=label)
         self.bar.update(0)
     def to(self, n, label=None):
         self.bar.comment = label or self.bar.comment
