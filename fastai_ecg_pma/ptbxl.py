@@ -8,6 +8,7 @@ __all__ = ['TASKS', 'ptbxl_table', 'ptbxl_classes', 'ptbxl_labels', 'ptbxl_dls']
 # %% ../nbs/15_ptbxl.ipynb #644bb02e
 import ast
 import numpy as np, pandas as pd
+from fastcore.meta import delegates
 from pathlib import Path
 
 from .cache import cache_ecg
@@ -62,6 +63,7 @@ def ptbxl_labels(
     return y,vocab
 
 # %% ../nbs/15_ptbxl.ipynb #b73afcbe
+@delegates(wfdb_dls, but='path_col,label_cols,valid_col,protocol', keep=True)
 def ptbxl_dls(
     folder, # Folder with `ptbxl_database.csv`, `scp_statements.csv` and the records
     task:str='superdiagnostic', # One of the six `TASKS`; None: all records, unlabelled
