@@ -6,8 +6,8 @@
 __all__ = ['PACKAGES', 'FREE', 'console', 'printing_to', 'versions', 'git_state', 'OtherConfig', 'begin_run', 'differing',
            'ShowFit', 'showing', 'loggers', 'Terminated', 'stoppable']
 
-# %% ../nbs/59_runs.ipynb #58e99273
-import fastai_ecg_pma, os, platform, signal, subprocess, sys, time, yaml
+# %% ../nbs/59_runs.ipynb #d09c2e55
+import fastai_ecg_pma, os, platform, signal, subprocess, sys, threading, time, yaml
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime, timezone
@@ -161,7 +161,7 @@ def _wandb(out, values):
     if wandb.run is None: wandb.init(project='ecg-pma', name=Path(out).name, dir=str(out), config=values)
     return WandbCallback(log=None, log_preds=False, log_model=False)
 
-# %% ../nbs/59_runs.ipynb #350a8292
+# %% ../nbs/59_runs.ipynb #0b3b58f6
 class Terminated(KeyboardInterrupt): "By SIGTERM: the machine is wanted for something else"
 
 @contextmanager
@@ -172,7 +172,8 @@ def stoppable(checkpoint, say=print):
         if asked: raise (Terminated if number == signal.SIGTERM else KeyboardInterrupt)
         asked.append(number); checkpoint.stop()
         say('Stopping after this batch; once more to stop at once, without keeping it')
-    old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    main = threading.current_thread() is threading.main_thread()                 # others cannot be told
+    old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM) if main}
     try: yield
     except KeyboardInterrupt:
         if asked and asked[0] == signal.SIGTERM: raise Terminated from None
