@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from .data import EcgDataLoader
+from .files import InUse
 from .finite import StopOnNonFinite
 from .identity import conditions, describe, differences
 from .state import callback_state, copy_weights, deciding, named_weights, plain_loaders, set_training_state, training_state
@@ -65,7 +66,7 @@ def _take(folder, who):
     lock = _HELD[key][0] if key in _HELD else FileLock(folder/'lock', timeout=LOCK_WAIT)
     try:
         if not lock.is_locked: lock.acquire()
-    except Timeout: raise RuntimeError(f'another process is training with checkpoints in {folder}: wait for it, or choose another folder') from None
+    except Timeout: raise InUse(f'another process is training with checkpoints in {folder}: wait for it, or choose another folder') from None
     _HELD[key] = lock, who
     for p in folder.glob('*.safetensors.tmp'): p.unlink()
 
