@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import pytest
+import pytest, yaml
 
 
 def run(*args, cwd): return subprocess.run(args, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -97,3 +97,30 @@ def test_star_import_gives_the_public_names(root):
     code = 'from fastai_ecg_pma.all import *; print(pma_learner.__module__, "np" in dir(), "torch" in dir())'
     r = run(sys.executable, '-W', 'ignore', '-c', code, cwd=root)
     assert r.stdout.split() == ['fastai_ecg_pma.learner', 'False', 'False'], r.stderr
+
+def figures(cell): return sum('image/png' in o.get('data', {}) for o in cell['outputs'])
+
+def alt_texts(cell):
+    "Texts of `#| fig-alt: …`: one, or a YAML list of them"
+    lines = [l.removeprefix('#|') for l in ''.join(cell['source']).splitlines() if l.startswith('#|')]
+    texts = [yaml.safe_load(l)['fig-alt'] for l in lines if l.strip().startswith('fig-alt:')]
+    return [t for o in texts for t in (o if isinstance(o, list) else [o])]
+
+def is_shown(cell): return not re.search(r'^#\|\s*(hide|hide_output|hide-output|output:\s*false|include:\s*false)\s*$', ''.join(cell['source']), re.M)
+
+def without_alt(cells):
+    "Ids of cells whose figures and texts are not as many, or whose texts say too little to stand for a picture"
+    cells = [c for c in cells if c['cell_type'] == 'code' and is_shown(c)]
+    return [c['id'] for c in cells if len(alt_texts(c)) != figures(c) or not all(isinstance(t, str) and len(t.split()) > 5 for t in alt_texts(c))]
+
+def test_every_figure_says_what_is_seen(root):
+    missing = {str(p.relative_to(root)): ids for p in (root/'nbs').rglob('*.ipynb') if (ids := without_alt(json.loads(p.read_text())['cells']))}
+    assert missing == {}
+
+@pytest.mark.parametrize('source,n,fine', [
+    ('plot()', 1, False), ('#| fig-alt: A plot.\nplot()', 1, False), ('#| fig-alt: Two lines that rise and then meet.\nplot()', 1, True), ('#| fig-alt: Two lines that rise and then meet.\nplot()', 2, False),
+    ('#| fig-alt: ["One line that rises to the end.", "Another: it falls from the start."]\nplot()', 2, True), ('#| fig-alt: Two lines that rise and then meet.\nx = 1', 0, False),
+    ('#| hide\nplot()', 1, True), ('#| output: false\nplot()', 1, True)])
+def test_missing_alt_texts_are_noticed(source, n, fine):
+    cell = dict(cell_type='code', id='a', source=source, outputs=[dict(data={'image/png': ''})]*n)
+    assert (without_alt([cell]) == []) == fine
