@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CHECKS', 'READOUT_CHECKS', 'close', 'named_blocks', 'check_states', 'check_alone', 'check_gradient', 'same_readout',
            'check_audit', 'check_untouched', 'check_blocks', 'check_copied', 'check_exported', 'check_compiled',
-           'check_onnx', 'check_tuned', 'check_model', 'overhead', 'fuse_result', 'fuse_alone', 'fuse_weights',
-           'fuse_size', 'fuse_gradient', 'fuse_moved', 'fuse_written', 'check_readout']
+           'check_onnx', 'check_tuned', 'check_model', 'overhead', 'shaken', 'fuse_result', 'fuse_alone',
+           'fuse_weights', 'fuse_size', 'fuse_gradient', 'fuse_moved', 'fuse_written', 'check_readout']
 
 # %% ../nbs/55_contract.ipynb #5add14f0
 import io, json, tempfile, time, warnings
@@ -150,8 +150,14 @@ def overhead(fused, model, x, n:int=9):
 
 # %% ../nbs/55_contract.ipynb #9bdd4a8c
 @torch.no_grad()
+def shaken(f):
+    "`f` in evaluation mode, its parameters moved from where they began: a start at the plain mean hides what they do"
+    for p in f.parameters(): p += .5*torch.randn_like(p)
+    return f.eval()
+
+@torch.no_grad()
 def fuse_result(f, h, known):
-    was, z = h.clone(), f.eval()(h)
+    was, z = h.clone(), shaken(f)(h)
     assert len(z) == len(h) and z.dtype == h.dtype, (z.shape, z.dtype)
     assert z.isfinite().all(), 'not finite'
     assert torch.equal(h, was), 'it changed the stack'
@@ -159,15 +165,15 @@ def fuse_result(f, h, known):
 
 @torch.no_grad()
 def fuse_alone(f, h, known):
-    z = f.eval()(h)
-    for i in range(len(h)): close(f(h[i:i+1])[0], z[i], 1e-5)
+    z = shaken(f)(h)
+    for i in range(len(h)): close(f(h[i:i+1])[0], z[i])
 
 @torch.no_grad()
 def fuse_weights(f, h, known):
-    try: w = f.eval().weights(h)
+    try: w = shaken(f).weights(h)
     except ValueError: return                                                   # it has none, and says so
     assert w.shape[:2] == (len(h), f.n_layers) and w.isfinite().all(), w.shape
-    for i in range(len(h)): close(f.weights(h[i:i+1])[0], w[i], 1e-5)
+    for i in range(len(h)): close(f.weights(h[i:i+1])[0], w[i])
 
 @torch.no_grad()
 def fuse_size(f, h, known):
@@ -192,10 +198,13 @@ def fuse_gradient(f, h, known, steps=3):
     assert h.grad is not None and (h.grad.flatten(1).abs().amax(1) > 0).all(), 'no gradient reaches the stack'
 
 @torch.no_grad()
-def fuse_moved(f, h, known): assert f.eval().to('meta')(h.to('meta')).is_meta
+def fuse_moved(f, h, known):
+    left = [k for m in f.modules() for k,v in vars(m).items() if isinstance(v, torch.Tensor)]
+    assert not left, f'{left[0]} would stay behind: make it a buffer or a parameter'
+    assert f.eval().to('meta')(h.to('meta')).is_meta                            # a tensor made on the CPU on the way
 
 @torch.no_grad()
-def fuse_written(f, h, known): close(build_for(json.loads(json.dumps(recipe(f))), f.state_dict(), known)(h), f.eval()(h), 1e-6)
+def fuse_written(f, h, known): close(build_for(json.loads(json.dumps(recipe(f))), shaken(f).state_dict(), known)(h), f(h), 1e-6)
 
 READOUT_CHECKS = {f.__name__.removeprefix('fuse_'): f for f in (fuse_result, fuse_alone, fuse_weights, fuse_size, fuse_gradient, fuse_moved, fuse_written)}
 
