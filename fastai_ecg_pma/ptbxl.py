@@ -8,6 +8,7 @@ __all__ = ['TASKS', 'ptbxl_table', 'ptbxl_classes', 'ptbxl_labels', 'ptbxl_dls']
 # %% ../nbs/15_ptbxl.ipynb #644bb02e
 import ast
 import numpy as np, pandas as pd
+from fastcore.meta import delegates
 from pathlib import Path
 
 from .cache import cache_ecg
@@ -62,6 +63,7 @@ def ptbxl_labels(
     return y,vocab
 
 # %% ../nbs/15_ptbxl.ipynb #b73afcbe
+@delegates(wfdb_dls, but='path_col,label_cols,valid_col,protocol', keep=True)
 def ptbxl_dls(
     folder, # Folder with `ptbxl_database.csv`, `scp_statements.csv` and the records
     task:str='superdiagnostic', # One of the six `TASKS`; None: all records, unlabelled
@@ -74,7 +76,7 @@ def ptbxl_dls(
     seed:int=0, # Of that choice
     cache=None, # Folder of a cache of all records, made if missing
     n_workers:int=0, # Processes that read
-    progress:bool=False, # Show a progress bar
+    progress:bool=None, # Show a bar: None where somebody watches
     **kwargs):
     "tsai `dls` of PTB-XL with the official folds and labels; kwargs go to `wfdb_dls` and `ecg_dls`"
     table,col = ptbxl_table(folder),{100:'filename_lr', 500:'filename_hr'}.get(rate)
