@@ -151,7 +151,7 @@ def test_every_target_explains_itself(root):
     makefile = (root/'Makefile').read_text()
     assert targets(makefile) == set(explained(makefile)) == set(re.findall(r'^([a-z-]+):', makefile, re.M))
     assert set(explained(makefile + '\nquiet:\n\ttrue\n')) != set(re.findall(r'^([a-z-]+):', makefile + '\nquiet:\n\ttrue\n', re.M))
-    r = run('make', 'help', cwd=root)
+    r = run('make', '-s', '--no-print-directory', 'help', cwd=root)
     assert dict(re.split(r'\s+', l, maxsplit=1) for l in r.stdout.splitlines()) == explained(makefile)
 
 
