@@ -20,7 +20,7 @@ from importlib.metadata import version
 from itertools import accumulate, islice
 from pathlib import Path
 
-from .files import is_unchanged, stamp, write_text
+from .files import InUse, is_unchanged, stamp, write_text
 from .progress import track
 from .records import Preprocess
 
@@ -297,7 +297,7 @@ def _locked(out):
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out/'lock', timeout=LOCK_WAIT)
     try: lock.acquire()
-    except Timeout: raise RuntimeError(f'{out} is being built by another process: wait for it') from None
+    except Timeout: raise InUse(f'{out} is being built by another process: wait for it') from None
     try: yield
     finally: lock.release()
 
