@@ -98,11 +98,10 @@ def _key(name, default, anno, doc, own=None):
     kind = list if isinstance(default, (tuple, list, range)) else anno if anno in KINDS else None if default is None or needed else type(default)
     return Key(name, kind, None if needed else list(default) if kind is list and default is not None else default, doc, needed, none or default is None or needed)
 
-# %% ../nbs/69_config.ipynb #3b0d521b
+# %% ../nbs/69_config.ipynb #c560756c
 def check_value(key:Key, v, at:str):
     "`v` as the key wants it. `BadConfig` names what is wrong"
     if v is None:
-        if key.needed: raise BadConfig(f'{at} is needed: {key.doc[:1].lower()}{key.doc[1:]}')
         if not key.none: raise BadConfig(f'{at} is null: {KINDS.get(key.kind, "a part")} is expected')
         return None
     if key.kind in ('part', 'parts'): return _check_parts(key, v, at)
@@ -134,7 +133,7 @@ def default_text(key:Key):
     if key.kind == 'parts' and key.default is not None: return {k: part_text(v) for k,v in key.default.items()}
     return deepcopy(key.default)
 
-# %% ../nbs/69_config.ipynb #28387a6f
+# %% ../nbs/69_config.ipynb #a34747c5
 class Config:
     "What a function will be called with: `values`, as YAML holds them"
     def __init__(self, func, but=''):
@@ -177,7 +176,8 @@ class Config:
     def check(self):
         "`BadConfig` for what is needed and not there"
         for path,key in self.walk():
-            if isinstance(key, Key) and key.needed and _at(self.values, path) is None and not _left_out(self, path): check_value(key, None, '.'.join(path))
+            if isinstance(key, Key) and key.needed and _at(self.values, path) is None and not _left_out(self, path): raise BadConfig(
+                f'{".".join(path)} is needed: {key.doc[:1].lower()}{key.doc[1:]}')
         return self
 
     def call(self, **kwargs):

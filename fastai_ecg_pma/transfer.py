@@ -77,4 +77,4 @@ def _ways_out(tables, left):
     if ask := [k for k in left if k in tables]: yield f'resize_positions=True interpolates {some(ask)}'
     if refused := [k for k in left if k not in tables]: yield (
         f'{some(refused)} cannot be interpolated: its rows may be a grid, or one of them a token. Resize it with `resize_table` and give the dict')
-    yield 'Give the model the sizes of the file, or name in `optional` what may keep its values'
+    yield 'Give the model the sizes of the file, or call `load_weights` and name in `optional` what may keep its values'

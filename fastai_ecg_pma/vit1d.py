@@ -22,6 +22,8 @@ class Attention(nn.Module):
         self.n_heads, inner = n_heads, n_heads*d_head
         self.qkv, self.out = nn.Linear(d, 3*inner), nn.Linear(inner, d)
 
+    def extra_repr(self): return f'n_heads={self.n_heads}'
+
     def forward(self, x, seen=None):
         q,k,v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2,0,3,1,4)
         return self.out(scaled_dot_product_attention(q, k, v, None if seen is None else seen[:,None,None]).transpose(1,2).flatten(2))
