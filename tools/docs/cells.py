@@ -1,0 +1,110 @@
+"A processed notebook as one Markdown text, in Quarto's dialect: cell options, outputs, figures with their alternative text"
+import base64
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from fastcore.nbio import read_nb
+from nbdev.processors import FilterDefaults
+
+from api import ApiRenderer
+
+OPTION = re.compile(r'^#\|\s*([\w-]+)\s*(?::\s*(.*))?$')
+ANSI = re.compile(r'\x1b\[[0-9;?]*[A-Za-z]')
+
+
+@dataclass
+class Text:
+    "Front matter and Markdown of a page, its figures `{file name: bytes}` and the cells whose figures have no alternative text"
+    front: dict
+    md: str = ''
+    figures: dict = field(default_factory=dict)
+    missing: list = field(default_factory=list)
+
+
+def joined(o): return ''.join(o) if isinstance(o, list) else o
+
+
+def fence(text, classes):
+    "A fenced block that is longer than any fence in it"
+    ticks = '`'*max(3, 1 + max(map(len, re.findall(r'`{3,}', text)), default=0))
+    return f'{ticks}{{{classes}}}\n{text.rstrip()}\n{ticks}'
+
+
+def options(source):
+    "`({option: value}, source without them)` of a code cell"
+    opts, lines = {}, source.splitlines()
+    while lines and (m := OPTION.match(lines[0])): opts[m[1]] = m[2] or 'true'; lines.pop(0)
+    return opts, '\n'.join(lines).strip('\n')
+
+
+def alts(opts):
+    "Alternative texts of a cell's figures: one, or a YAML list"
+    text = opts.get('fig-alt', '')
+    found = yaml.safe_load(text) if text.startswith(('[', '"', "'")) else text
+    return [str(o).strip() for o in (found if isinstance(found, list) else [found]) if o]
+
+
+def stream(text):
+    "What a terminal would show: no colour codes, no overwritten progress"
+    return '\n'.join(l.rsplit('\r', 1)[-1] for l in ANSI.sub('', text).replace('\r\n', '\n').rstrip().split('\n'))
+
+
+def figure(page, data, cell, alt, opts, text):
+    "A figure of an output as Markdown; its bytes are kept for the page"
+    if not alt: text.missing.append(f'{page.source}: cell {cell.id}')
+    name = f'{page.name.replace("/", "-")}-{cell.id}-{len(text.figures)}.png'
+    text.figures[name] = base64.b64decode(joined(data))
+    attrs = (alt or '').replace('\\', '\\\\').replace('"', r'\"')
+    caption = f'\n\n{opts["fig-cap"].strip(chr(34))}\n' if 'fig-cap' in opts else ''
+    return f'::: {{.figure}}\n![](/figures/{name}){{alt="{attrs}"}}\n{caption}\n:::'
+
+
+def output(page, o, cell, told, opts, text):
+    "One output of a cell as Markdown"
+    if o.output_type == 'stream': return fence(stream(joined(o.text)), f'.output .{o.name}')
+    if o.output_type == 'error': return fence(f'{o.ename}: {o.evalue}', '.output .stderr')
+    data = o.get('data', {})
+    if 'text/markdown' in data: return joined(data['text/markdown'])
+    if 'image/png' in data: return figure(page, data['image/png'], cell, told.pop(0) if told else '', opts, text)
+    if 'text/html' in data: return '::: {.html-output}\n' + fence(joined(data['text/html']), '=html') + '\n:::'
+    return fence(stream(joined(data.get('text/plain', ''))), '.output') if data.get('text/plain') else ''
+
+
+def code_cell(page, cell, text):
+    "Code and outputs of a cell as Markdown, as its options ask"
+    opts, source = options(cell.source)
+    if opts.get('include') == 'false': return ''
+    lang = cell.metadata.get('language', 'python') if cell.metadata else 'python'
+    parts = [fence(re.sub(rf'^%%\s*{lang}\n', '', source), f'.{lang} .code')] if source and opts.get('echo') != 'false' else []
+    told = alts(opts)
+    outs = [o for o in cell.get('outputs', []) if not (opts.get('warning') == 'false' and o.get('name') == 'stderr')]
+    if opts.get('output') != 'false': parts += [output(page, o, cell, told, opts, text) for o in outs]
+    body = '\n\n'.join(p for p in parts if p)
+    return f'::: {{.hero-part}}\n\n{body}\n\n:::' if 'hero' in opts.get('classes', '') else body
+
+
+def notebook(page):
+    "The `Text` of a notebook: nbdev's processors run on it, its examples do not"
+    nb = read_nb(page.source)
+    ApiRenderer.module = page.module
+    FilterDefaults()(nb)
+    text = Text(dict(nb.frontmatter_))
+    md = [code_cell(page, c, text) if c.cell_type == 'code' else c.source for c in nb.cells if c.cell_type != 'raw']
+    text.md = '\n\n'.join(o for o in md if o)
+    return text
+
+
+def included(m, folder):
+    return (folder/m[1]).read_text()
+
+
+def markdown(page):
+    "The `Text` of a .qmd file: front matter, and Quarto's `include`"
+    source = Path(page.source)
+    front, body = re.match(r'(?:---\n(.*?)\n---\n)?(.*)', source.read_text(), re.S).groups()
+    return Text(yaml.safe_load(front or '') or {}, re.sub(r'\{\{< include (\S+) >\}\}', lambda m: included(m, source.parent), body))
+
+
+def read(page): return notebook(page) if page.source.endswith('.ipynb') else markdown(page)
