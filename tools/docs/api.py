@@ -90,9 +90,12 @@ class ApiRenderer(BasicMarkdownRenderer):
         try: docs = docments(self.sym, full=True, returns=True)
         except Exception: docs = {}                                     # what is no function has none
         told = lambda n: (docs.get(n.lstrip('*')) or {}).get('docment')
-        rows = [f'| {code(n)} | {code(a) if a else ""} | {code(d) if d else ""} | {in_table(told(n))} |' for n, a, d in self.params() if told(n)]
-        if told('return'): rows.append(f'| **returns** | {code(ast.unparse(r)) if (r := getattr(self.node, "returns", None)) else ""} | | {in_table(told("return"))} |')
-        return '\n'.join(['| Parameter | Type | Default | What it is |', '|---|---|---|---|', *rows]) if rows else ''
+        rows = [(code(n), a, d, told(n)) for n, a, d in self.params() if told(n)]
+        if told('return'): rows.append(('**returns**', ast.unparse(r) if (r := getattr(self.node, 'returns', None)) else '', '', told('return')))
+        typed = any(a for _, a, _, _ in rows)
+        lines = [('Parameter', *(['Type'] if typed else []), 'Default', 'What it is'), ('---',)*(3 + typed)]
+        lines += [(n, *([code(a) if a else ''] if typed else []), code(d) if d else '', in_table(t)) for n, a, d, t in rows]
+        return '\n'.join(f'| {" | ".join(o)} |' for o in lines) if rows else ''
 
     def doc(self):
         "The name's own docstring, never one that it inherits"

@@ -1,16 +1,21 @@
 "A processed notebook as one Markdown text, in Quarto's dialect: cell options, outputs, figures with their alternative text"
 import base64
+import posixpath
+import os
 import re
+import subprocess
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
+import nbdev.showdoc, pypandoc, yaml
 from fastcore.nbio import read_nb
 from nbdev.processors import FilterDefaults
 
 from api import ApiRenderer
 
 OPTION = re.compile(r'^#\|\s*([\w-]+)\s*(?::\s*(.*))?$')
+PANDOC = ['-f', 'markdown-yaml_metadata_block', '-t', 'html5', '--mathml', '--wrap=none', '--syntax-highlighting=none']
 ANSI = re.compile(r'\x1b\[[0-9;?]*[A-Za-z]')
 
 
@@ -19,6 +24,7 @@ class Text:
     "Front matter and Markdown of a page, its figures `{file name: bytes}` and the cells whose figures have no alternative text"
     front: dict
     md: str = ''
+    base: str = ''                                                      # the file to which its links are relative
     figures: dict = field(default_factory=dict)
     missing: list = field(default_factory=list)
 
@@ -90,21 +96,31 @@ def notebook(page):
     nb = read_nb(page.source)
     ApiRenderer.module = page.module
     FilterDefaults()(nb)
-    text = Text(dict(nb.frontmatter_))
+    text = Text(dict(nb.frontmatter_), base=page.source)
     md = [code_cell(page, c, text) if c.cell_type == 'code' else c.source for c in nb.cells if c.cell_type != 'raw']
     text.md = '\n\n'.join(o for o in md if o)
     return text
 
 
-def included(m, folder):
-    return (folder/m[1]).read_text()
-
-
 def markdown(page):
     "The `Text` of a .qmd file: front matter, and Quarto's `include`"
-    source = Path(page.source)
-    front, body = re.match(r'(?:---\n(.*?)\n---\n)?(.*)', source.read_text(), re.S).groups()
-    return Text(yaml.safe_load(front or '') or {}, re.sub(r'\{\{< include (\S+) >\}\}', lambda m: included(m, source.parent), body))
+    front, body = re.match(r'(?:---\n(.*?)\n---\n)?(.*)', Path(page.source).read_text(), re.S).groups()
+    text = Text(yaml.safe_load(front or '') or {}, base=page.source)
+    if m := re.search(r'\{\{< include (\S+) >\}\}', body):
+        text.base = posixpath.normpath(posixpath.join(posixpath.dirname(page.source), m[1]))
+        body = body.replace(m[0], Path(text.base).read_text())
+    text.md = body
+    return text
 
 
 def read(page): return notebook(page) if page.source.endswith('.ipynb') else markdown(page)
+
+
+def convert(page):
+    "`(Text, HTML)` of a page; made in a process of its own, for exported cells are run"
+    os.environ['IN_TEST'] = '1'                                         # as nbdev does: nothing is exported while pages are made
+    os.chdir(Path(__file__).parents[2])
+    warnings.filterwarnings('ignore', 'Found cells containing imports')
+    nbdev.showdoc.BasicMarkdownRenderer = ApiRenderer
+    text = read(page)
+    return text, subprocess.run([pypandoc.get_pandoc_path(), *PANDOC], input=text.md, capture_output=True, text=True, check=True).stdout
