@@ -26,12 +26,12 @@ def definitions(module):
     return out
 
 
-def written(node):
-    "`{parameter: (annotation, default)}` as text, from the syntax tree of a function"
+def written(node, source):
+    "`{parameter: (annotation, default)}` as the author wrote them"
     a = node.args
     plain = a.posonlyargs + a.args
     pairs = [*zip(plain, [None]*(len(plain) - len(a.defaults)) + a.defaults), *zip(a.kwonlyargs, a.kw_defaults), *((o, None) for o in (a.vararg, a.kwarg) if o)]
-    return {p.arg: tuple(ast.unparse(o) if o else '' for o in (p.annotation, d)) for p, d in pairs}
+    return {p.arg: tuple(ast.get_source_segment(source, o) if o else '' for o in (p.annotation, d)) for p, d in pairs}
 
 
 def value(v):
@@ -52,6 +52,14 @@ def in_table(text):
     return ' '.join(re.sub(r'(?<!\\)\|', r'\\|', text).split())
 
 
+def rows(described):
+    "A Markdown table of parameters"
+    typed = any(a for _, a, _, _ in described)
+    head = ['Parameter', *(['Type'] if typed else []), 'Default', 'What it is']
+    body = [[code(n) if n != 'returns' else '**returns**', *([code(a) if a else ''] if typed else []), code(d) if d else '', in_table(t)] for n, a, d, t in described]
+    return '\n'.join(f'| {" | ".join(o)} |' for o in [head, ['---']*len(head), *body])
+
+
 class ApiRenderer(BasicMarkdownRenderer):
     "What `show_doc` gives on this site; `module` is the one whose page is being made"
     module = None
@@ -60,7 +68,7 @@ class ApiRenderer(BasicMarkdownRenderer):
         super().__init__(*args, **kwargs)
         self.node = definitions(self.module).get(self.nm) if self.module else None
         init = definitions(self.module).get(f'{self.nm}.__init__') if isinstance(self.node, ast.ClassDef) else self.node
-        self.written = written(init) if init else {}
+        self.written = written(init, (LIB/f'{self.module}.py').read_text()) if init else {}
 
     def params(self):
         "`(name with stars, annotation, default)` of each parameter; '/' and '*' stand alone"
@@ -85,17 +93,22 @@ class ApiRenderer(BasicMarkdownRenderer):
         lines = wrap(', '.join(a.replace(' ', '\0') for a in args), 80, initial_indent='    ', subsequent_indent='    ', break_long_words=False, break_on_hyphens=False)
         return '\n'.join([f'{self.nm}(', *(o.replace('\0', ' ') for o in lines), f'){back}'])
 
-    def table(self):
-        "Parameters that are described, and what comes back"
-        try: docs = docments(self.sym, full=True, returns=True)
+    def described(self):
+        "`(name, annotation, default, description)` of each parameter that is described: our own, and those that are passed on"
+        try: docs = docments(self.sym, full=True)
         except Exception: docs = {}                                     # what is no function has none
-        told = lambda n: (docs.get(n.lstrip('*')) or {}).get('docment')
-        rows = [(code(n), a, d, told(n)) for n, a, d in self.params() if told(n)]
-        if told('return'): rows.append(('**returns**', ast.unparse(r) if (r := getattr(self.node, 'returns', None)) else '', '', told('return')))
-        typed = any(a for _, a, _, _ in rows)
-        lines = [('Parameter', *(['Type'] if typed else []), 'Default', 'What it is'), ('---',)*(3 + typed)]
-        lines += [(n, *([code(a) if a else ''] if typed else []), code(d) if d else '', in_table(t)) for n, a, d, t in rows]
-        return '\n'.join(f'| {" | ".join(o)} |' for o in lines) if rows else ''
+        rows = [(n, a, d, t) for n, a, d in self.params() if (t := (docs.get(n.lstrip('*')) or {}).get('docment'))]
+        own = [r for r in rows if r[0].lstrip('*') in self.written or not self.written]
+        return own, [r for r in rows if r not in own]
+
+    def table(self):
+        "Parameters that are described, and what comes back; what is passed on to others is folded away"
+        own, others = self.described()
+        try: back = (docments(self.sym, full=True, returns=True).get('return') or {}).get('docment')
+        except Exception: back = None
+        if back: own.append(('returns', ast.unparse(r) if (r := getattr(self.node, 'returns', None)) else '', '', back))
+        fold = f'<details><summary>{len(others)} more, passed on</summary>\n\n{rows(others)}\n\n</details>' if others else ''
+        return '\n\n'.join(o for o in (rows(own) if own else '', fold) if o)
 
     def doc(self):
         "The name's own docstring, never one that it inherits"

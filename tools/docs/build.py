@@ -4,7 +4,6 @@ nbdev's processors (which run exported cells and `show_doc`, never an example) -
 The order of the pages is nbs/sidebar.yml's. `--serve` shows the built site on this machine.
 """
 import argparse
-import functools
 import multiprocessing as mp
 import os
 import re
@@ -13,7 +12,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
@@ -21,10 +19,12 @@ sys.path.insert(0, str(HERE))
 
 import yaml
 from bs4 import BeautifulSoup
+from markdown_it import MarkdownIt
 from nbdev.config import get_config
 
 import links, page as pg
 from cells import convert
+from site_server import serve
 from page import Page, label
 
 ASSETS = 'style.css', 'site.js', 'theme.js', 'favicon.svg'
@@ -77,17 +77,17 @@ def head(page, site):
     return f'<header class="page">{crumb}<h1>{inline(front["title"])}</h1>{lead}{src}</header>' if 'title' in front else crumb
 
 
-@functools.cache
 def inline(text):
-    "A line of Markdown as HTML without a paragraph around it"
-    import pypandoc
-    return re.sub(r'^<p>(.*)</p>$', r'\1', pypandoc.convert_text(text, 'html5', 'markdown', extra_args=['--wrap=none']).strip(), flags=re.S)
+    "A line of Markdown as HTML"
+    return MarkdownIt().renderInline(str(text))
 
 
 def hero(page, tree):
     "The first screen of the landing page: what it is, five lines, a figure, where to go; from cells with `#| classes: hero`"
     front, parts = page.text.front, [p.extract() for p in page.soup.select('.hero-part')]
-    code, fig = (''.join(str(e) for p in parts for e in p.select(css)) for css in ('pre', 'figure'))
+    lines = '\n'.join(e.get_text().rstrip() for p in parts for e in p.find_all('pre', class_='code'))
+    code = f'<pre class="python code"><code>{pg.escape(lines, quote=False)}</code></pre>' if lines else ''
+    fig = ''.join(str(e) for p in parts for e in p.find_all('figure'))
     first = lambda name: next(p for o in tree if not isinstance(o, Page) and o[0] == name for p in flat([o]))
     buttons = [(first('Tutorials'), 'First tutorial'), (first('API'), 'API'), (first('On real records'), first('On real records').title)]
     go = ''.join(f'<a class="button" href="{p.href}">{pg.escape(t)}</a>' for p, t in buttons)
@@ -105,13 +105,13 @@ def finish(page, tree, order, where, site):
     "The whole HTML of a page"
     soup, front = page.soup, page.text.front
     if front.get('listing'): soup.append(pg.tag(soup, listing(page, tree)))
-    pg.colour(soup); pg.tables(soup); pg.callouts(soup); pg.figures(soup, page, page.text)
+    pg.tables(soup); pg.callouts(soup); pg.figures(soup, page, page.text)
     top = BeautifulSoup(hero(page, tree) if page.name == 'index' else head(page, site), 'html.parser')
     toc = pg.contents(pg.anchors(soup))
     for s in (top, soup):
         for a in s.find_all('a', href=True): where.fix(page, a)
         for img in s.find_all('img'): img['src'] = pg.relative(page, img['src'].lstrip('/')) if img['src'].startswith('/') else img['src']
-    return pg.fill(page, top, soup, page.title.replace('`', ''), site, front.get('description', ''), toc, pg.sidebar(page, tree), pg.neighbours(page, order), 'landing' if page.name == 'index' else '')
+    return pg.fill(page, pg.colour(str(top)), pg.colour(str(soup)), page.title.replace('`', ''), site, front.get('description', ''), toc, pg.sidebar(page, tree), pg.neighbours(page, order), 'landing' if page.name == 'index' else '')
 
 
 def write(out, name, text):
@@ -148,27 +148,6 @@ def write_source(out, path, tree, site, order):
     p = Page(pg.address(path).removesuffix('.html'), path)
     module = next((o.module for o in order if o.module and f'fastai_ecg_pma/{o.module}.py' == path), None)
     write(out, p.href, pg.fill(p, *pg.source_page(path, module), path, site, f'Source of {path}', nav=pg.sidebar(p, tree), index=False, kind='wide'))
-
-
-class Handler(SimpleHTTPRequestHandler):
-    "Files of the site, its own page for what is missing"
-    def send_error(self, code, *args, **kwargs):
-        if code != 404: return super().send_error(code, *args, **kwargs)
-        body = (Path(self.directory)/'404.html').read_bytes()
-        self.send_response(404); self.send_header('Content-Type', 'text/html; charset=utf-8'); self.send_header('Content-Length', str(len(body))); self.end_headers()
-        if self.command != 'HEAD': self.wfile.write(body)
-
-    def log_message(self, *args): pass
-
-
-def server(folder, port=0): return ThreadingHTTPServer(('127.0.0.1', port), functools.partial(Handler, directory=str(folder)))
-
-
-def serve(folder, port):
-    with server(folder, port) as s:
-        print(f'http://localhost:{s.server_port}/ (Ctrl-C ends it)', flush=True)
-        try: s.serve_forever()
-        except KeyboardInterrupt: print()
 
 
 def main():

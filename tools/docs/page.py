@@ -3,7 +3,7 @@ import posixpath
 import re
 import struct
 from dataclasses import dataclass
-from html import escape
+from html import escape, unescape
 from pathlib import Path
 from string import Template
 
@@ -91,20 +91,19 @@ def relative(page, target): return posixpath.relpath(target, posixpath.dirname(p
 def tag(soup, html): return BeautifulSoup(html, 'html.parser')
 
 
-def colour(soup):
-    "Pygments' classes on every code block"
-    for pre in soup.find_all('pre'):
-        name = next((c for c in pre.get('class', []) if c not in ('code', 'signature')), 'text')
+def colour(html):
+    "Pygments' classes on every code block of a finished page"
+    def one(m):
+        name = next((c for c in m[1].split() if c not in ('code', 'signature')), 'text')
         try: lexer = get_lexer_by_name(name)
-        except ClassNotFound: continue                                  # an output
-        html = highlight(pre.get_text(), lexer, HtmlFormatter(nowrap=True))
-        pre.clear(); pre.append(tag(soup, f'<code>{html.rstrip()}</code>'))
+        except ClassNotFound: return m[0]                               # an output
+        return f'<pre class="{m[1]}"><code>{highlight(unescape(m[2]), lexer, HtmlFormatter(nowrap=True)).rstrip()}</code></pre>'
+    return re.sub(r'<pre class="([^"]*)"><code>(.*?)</code></pre>', one, html, flags=re.S)
 
 
 def tables(soup):
     "Tables scroll in a box of their own and say which cells are headers"
-    for style in soup.select('.html-output style'):
-        if style.has_attr('scoped'): style.decompose()
+    for style in soup.find_all('style', scoped=True): style.decompose()
     for t in soup.find_all('table'):
         for col in t.find_all('colgroup'): col.decompose()
         for a in ('border', 'style'): t.attrs.pop(a, None)
@@ -122,10 +121,10 @@ def figures(soup, page, text):
         name = posixpath.basename(img.get('src', ''))
         if not img.get('alt', '').strip() and name not in text.figures: text.missing.append(f'{page.source}: {img.get("src")}')
         if name in text.figures: img['width'], img['height'] = struct.unpack('>II', text.figures[name][16:24])
-    for img in soup.select('.figure img'):
-        if img.parent.name == 'p': img.parent.unwrap()
-    for div in soup.select('div.figure'):
+    for div in soup.find_all('div', class_='figure'):
         div.name = 'figure'
+        for img in div.find_all('img'):
+            if img.parent.name == 'p': img.parent.unwrap()
         for p in div.find_all('p', recursive=False): p.name = 'figcaption'
 
 
@@ -142,7 +141,10 @@ def ids(soup):
     "Ids are headings'; a section that is headed by the name which it documents leaves that name its id"
     for s in soup.find_all('section'):                                  # pandoc gives a block that begins with a heading the heading's id
         if s.get('id') and (h := s.find(re.compile('h[1-6]'), recursive=False)): h['id'] = s.attrs.pop('id')
-    names = {h['id'] for h in soup.select('.api > [id]')}
+    names = set()
+    for h in [h for s in soup.find_all('section', class_='api') if (h := s.find(id=True))]:
+        while h['id'] in names: h['id'] += '-1'                         # `Score` and `score`
+        names.add(h['id'])
     for h in soup.find_all(['h2', 'h3', 'h4']):
         if h.get('id') in names and 'api' not in h.parent.get('class', []): h['id'] += '-section'
 

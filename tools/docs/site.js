@@ -74,12 +74,14 @@ async function open() {
 // what a page calls `LayerStack.forward` or `compare_readouts` is found by its parts, too
 async function find() {
   const mine = ++turn, q = input.value.trim();
+  const done = () => { list.dataset.query = q; };
   if (!finder || !q) { list.replaceChildren(); said.textContent = ''; return; }
   const { results } = await finder.search(q);
   const data = await Promise.all(results.slice(0, 12).map(r => r.data()));
   if (mine !== turn) return;
   list.replaceChildren(...data.sort((a, b) => named(b, q) - named(a, q)).map(d => entry(d, q)));
   said.textContent = results.length ? `${results.length} ${results.length === 1 ? 'page' : 'pages'}` : `Nothing about “${q}”`;
+  done();
 }
 const bare = t => t.toLowerCase().replace(/[^\p{L}\p{N}.]/gu, '');
 const named = (d, q) => d.sub_results.some(s => bare(s.title) === bare(q)) ? 2 : bare(d.meta.title).includes(bare(q)) ? 1 : 0;
