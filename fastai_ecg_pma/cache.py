@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'ANEW', 'LOCK_WAIT', 'OWN', 'RESIDENT', 'RecordsSetAside', 
            'EcgCache', 'cache_ecg', 'check_present']
 
 # %% ../nbs/12_cache.ipynb #76a1c04f
-import json, mmap, multiprocessing, os, signal, threading, time, warnings, zlib
+import json, mmap, multiprocessing, os, signal, threading, warnings, zlib
 import numpy as np, pandas as pd
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
@@ -19,9 +19,9 @@ from functools import partial
 from importlib.metadata import version
 from itertools import accumulate, islice
 from pathlib import Path
-from rich.progress import Progress
 
-from .files import is_unchanged, stamp, write_text
+from .files import InUse, is_unchanged, stamp, write_text
+from .progress import track
 from .records import Preprocess
 
 # %% ../nbs/12_cache.ipynb #4d27ebc3
@@ -219,14 +219,12 @@ def _whole(line):
 def _append(out, folder, names, done, prep, n_workers, progress):
     "Read all but the `done` first of `names` and append them"
     read = _in_order(partial(_read, folder=folder, prep=prep), names[done:], n_workers)
-    with (out/'signal.bin').open('ab') as data, (out/'index.jsonl').open('ab') as index, Progress(disable=not progress, auto_refresh=False) as bar:   # no thread beside the workers' birth
-        task, shown = bar.add_task('Caching records', total=len(names), completed=done), 0
+    with (out/'signal.bin').open('ab') as data, (out/'index.jsonl').open('ab') as index:
         try:
-            for entry,x in read:
+            for entry,x in track(read, 'Caching records', len(names), progress, done=done):
                 if x is not None: data.write(x); data.flush()
                 index.write(json.dumps(entry).encode()+b'\n'); index.flush()
-                done += 1; bar.advance(task)
-                if (now := time.monotonic()) - shown > .2 or done == len(names): bar.refresh(); shown = now
+                done += 1
             for f in (data, index): os.fsync(f.fileno())
         except BrokenProcessPool as e: raise RuntimeError(f'a worker was killed, for want of memory perhaps. {done} of {len(names)} records are kept: run again to go on, '
                                                           'with fewer n_workers') from e
@@ -250,7 +248,7 @@ def cache_ecg(
     path_col:str='path', # Column with each record's path, relative to `folder`, without extension
     prep:Preprocess=Preprocess(), # Its first stage (`read`) is what is stored; windows are cut and standardised later
     n_workers:int=0, # Processes that read; 0 reads in this one
-    progress:bool=True, # Show a progress bar
+    progress:bool=None, # Show a bar: None where somebody watches, a notebook or a terminal
     overwrite:bool=False, # Make a cache anew that is damaged, of other preprocessing, of other records or of records that changed, instead of refusing
 ) -> EcgCache:
     "Read records once into a memory-mapped cache. Run again after an interruption it goes on; on a finished cache it compares and opens. Bad records are set aside with a `RecordsSetAside` warning"
@@ -299,7 +297,7 @@ def _locked(out):
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out/'lock', timeout=LOCK_WAIT)
     try: lock.acquire()
-    except Timeout: raise RuntimeError(f'{out} is being built by another process: wait for it') from None
+    except Timeout: raise InUse(f'{out} is being built by another process: wait for it') from None
     try: yield
     finally: lock.release()
 

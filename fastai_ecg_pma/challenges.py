@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'SCORED', 'MERGED', 'NEW_IN_2021', 'CINC2017', 'LUDB_CODES', 'LUDB_CLASSES', 'LUDB_OPEN', 'challenge_table',
-           'challenge_classes', 'challenge_labels', 'RecordsLeftOut', 'challenge_dls', 'cinc2017_table', 'cinc2017_dls',
-           'ludb_rule', 'ludb_table', 'ludb_labels']
+           'challenge_classes', 'challenge_labels', 'where', 'RecordsLeftOut', 'challenge_dls', 'cinc2017_table',
+           'cinc2017_dls', 'ludb_rule', 'ludb_table', 'ludb_labels']
 
 # %% ../nbs/16_challenges.ipynb #66b29e84
 import re, warnings
 import numpy as np, pandas as pd
+from fastcore.meta import delegates
 from pathlib import Path
 
 from .cache import RecordsSetAside
@@ -112,9 +113,18 @@ def challenge_labels(
     for row,codes in zip(y, table.dx): row[[vocab.index(classes[c]) for c in codes if c in classes]] = 1
     return y,vocab
 
+# %% ../nbs/16_challenges.ipynb #797717a3
+def where(**columns):
+    "For `valid`: a function of a table that is True where each column has the value, or one of the values, given: `where(source='Georgia')`"
+    def is_there(table):
+        if gone := [c for c in columns if c not in table]: raise ValueError(f'no column {gone[0]!r}; the table has {", ".join(map(str, table.columns))}')
+        return np.logical_and.reduce([table[c].isin(v if isinstance(v, (list, tuple)) else [v]).to_numpy() for c,v in columns.items()])
+    return is_there
+
 # %% ../nbs/16_challenges.ipynb #2b774a93
 class RecordsLeftOut(RuntimeWarning): "Records without a label of the task were left out, as was asked for"
 
+@delegates(wfdb_dls, but='path_col,label_cols,valid_col,protocol', keep=True)
 def challenge_dls(
     folder, # Its records are looked for in all folders below
     valid, # Function of the table (`challenge_table`) that returns True for what is for validation: lambda t: t.source == 'Georgia'
@@ -152,6 +162,7 @@ def _reference(folder):
         if found := sorted(Path(folder).rglob(name), key=lambda p: (len(p.parts), p)): return found[0]
     raise FileNotFoundError(f'neither REFERENCE-v3.csv nor REFERENCE.csv is below {folder}: name the csv of labels')
 
+@delegates(wfdb_dls, but='path_col,label_cols,valid_col,protocol', keep=True)
 def cinc2017_dls(
     folder, # As in `cinc2017_table`
     valid, # Function of the table that returns True for what is for validation

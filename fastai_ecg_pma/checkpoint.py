@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from .data import EcgDataLoader
+from .files import InUse
 from .finite import StopOnNonFinite
 from .identity import conditions, describe, differences
 from .state import callback_state, copy_weights, deciding, named_weights, plain_loaders, set_training_state, training_state
@@ -65,7 +66,7 @@ def _take(folder, who):
     lock = _HELD[key][0] if key in _HELD else FileLock(folder/'lock', timeout=LOCK_WAIT)
     try:
         if not lock.is_locked: lock.acquire()
-    except Timeout: raise RuntimeError(f'another process is training with checkpoints in {folder}: wait for it, or choose another folder') from None
+    except Timeout: raise InUse(f'another process is training with checkpoints in {folder}: wait for it, or choose another folder') from None
     _HELD[key] = lock, who
     for p in folder.glob('*.safetensors.tmp'): p.unlink()
 
@@ -97,7 +98,11 @@ class Checkpoint(StopOnNonFinite):
         self.folder,self.every,self.keep,self.monitor = Path(folder).expanduser().absolute(),every,keep,monitor
         self.comp = comp or (np.less if 'loss' in monitor or 'error' in monitor else np.greater)
         self.ignore = {c if isinstance(c, str) else c.__name__ for c in ignore}
-        self.rows,self.described,self.finished = [],None,None
+        self.rows,self.described,self.finished,self.stopping = [],None,None,False
+
+    def stop(self):
+        "End the training after this batch: what was done is kept, and `fit` ends by `KeyboardInterrupt`. For a signal handler; in one process"
+        self.stopping = True
 
     @property
     def memory(self):
@@ -118,12 +123,16 @@ class Checkpoint(StopOnNonFinite):
         else: self._save(0)                             # a folder that cannot be written is an error now, not after the first epoch
 
     def after_batch(self):
-        if self.every and is_fit(self.learn) and self.train_iter % self.every == 0 and self.learn.iter+1 < self.n_iter: self._save(self.epoch, self.learn.iter+1)
+        if not is_fit(self.learn) or self.learn.iter+1 == self.n_iter: return                # the end of the epoch is kept after validation
+        stops = self.stopping and isinstance(self.dls.train, EcgDataLoader)                 # of other loaders an epoch cannot be entered in the middle
+        if stops or self.every and self.train_iter % self.every == 0: self._save(self.epoch, self.learn.iter+1)
+        if stops: raise KeyboardInterrupt
 
     def after_epoch(self):
         if not is_fit(self.learn): return
         self._note_epoch()
         self._save(self.epoch+1)
+        if self.stopping: raise KeyboardInterrupt
 
     def after_cancel_fit(self):
         if is_fit(self.learn) and self.described and not self.finished: self._note_epoch()       # early stopping ends an epoch before it comes to us

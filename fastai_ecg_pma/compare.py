@@ -15,6 +15,7 @@ from fastai.callback.core import Callback, CancelValidException
 from fastai.torch_core import set_seed
 from fastcore.meta import delegates
 from functools import partial
+from itertools import product
 from torch import nn
 
 from .aggregate import PPA, Concat, Last, LastMean, Layer, PlainNorm, SignedStatic, Static, mlp_head
@@ -26,6 +27,7 @@ from .intervals import compare, holm, score
 from .learner import by_record, readout_learner
 from .metrics import macro_auroc
 from .probe import probe_layers
+from .progress import track
 from .protocol import records_hash
 from .recipe import recipe
 
@@ -147,8 +149,9 @@ def compare_readouts(
     if random: plan['random encoder'] = *_both(random_like(find_encoder(arch), seeds[0]), dls, test, cache, **kwargs), dict(readout=Last, head=head)
     t, patients = by_record(None, labelled(tests, 1)[1], tests)[1:]
     runs, chosen = [], {}
+    ran = {(name,lr,s): _remembered(cache, *plan[name], epochs, lr, s) for name,lr,s in track([*product(plan, lrs, seeds)], 'Training read-outs')}
     for name,(f,g,kw) in plan.items():
-        of = {(lr,s): _remembered(cache, f, g, kw, epochs, lr, s) for lr in lrs for s in seeds}
+        of = {(lr,s): ran[name,lr,s] for lr in lrs for s in seeds}
         lr = max(lrs, key=lambda lr: np.mean([of[lr,s]['best'].item() for s in seeds]))
         chosen[name] = f, g, kw, lr, [of[lr,s] for s in seeds]
         runs += [dict(readout=name, lr=r, seed=s, epoch=o['epoch'].item(), chosen_by=o['best'].item(), point=macro_auroc(by_record(o['test'].numpy(), None, g)[0], t), seconds=o['seconds'].item()) for (r,s),o in of.items()]

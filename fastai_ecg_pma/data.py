@@ -15,10 +15,10 @@ from fastai.data.core import TfmdDL
 from fastai.data.load import DataLoader
 from fastai.data.transforms import MultiCategory
 from pathlib import Path
-from rich.progress import track
 from tsai.data.core import TSClassification, TSDataLoader, TSDataLoaders, TSDatasets, TSMultiLabelClassification, TSRegression
 
 from .cache import RecordsSetAside, cache_ecg, check_present
+from .progress import track
 from .protocol import Protocol, records_hash
 from .records import Preprocess
 from .splits import check_patients
@@ -34,21 +34,20 @@ def read_records(
     names, # Their paths, relative to `folder`, without extension
     prep:Preprocess=Preprocess(), # Its first stage, `read`, is done to each
     n_workers:int=0, # Processes that read; 0 reads in this one
-    progress:bool=False, # Show a progress bar
+    progress:bool=None, # Show a bar: None where somebody watches, a notebook or a terminal
 ): # List of `[n_leads,length]` in mV of the good ones; DataFrame of the bad ones: `row`, `record`, `reason`
     "Read many records into memory. Bad ones are set aside with a `RecordsSetAside` warning; `ValueError` where none is good"
     folder, names = Path(folder), list(names)
     check_present(folder, names)
     read, paths = partial(_try_read, prep=prep), [folder/n for n in names]
+    bar = partial(track, label='Reading records', total=len(paths), show=progress)
     if n_workers:
-        with ProcessPoolExecutor(n_workers) as pool: out = list(_bar(pool.map(read, paths, chunksize=32), len(paths), progress))
-    else: out = [read(p) for p in _bar(paths, len(paths), progress)]
+        with ProcessPoolExecutor(n_workers) as pool: out = list(bar(pool.map(read, paths, chunksize=32)))
+    else: out = [read(p) for p in bar(paths)]
     bad = pd.DataFrame([(i, names[i], e) for i,(_,e) in enumerate(out) if e], columns=['row','record','reason'])
     if len(bad) == len(names): raise ValueError(f'none of the {len(names)} records in {folder} can be used; the first: {bad.reason[0]}')
     if len(bad): warnings.warn(f'{len(bad)} of {len(names)} records set aside, the first: {bad.reason[0]}', RecordsSetAside, stacklevel=2)
     return [x for x,_ in out if x is not None], bad
-
-def _bar(it, total, progress): return track(it, 'Reading records', total) if progress else it
 
 # %% ../nbs/14_data.ipynb #dc597ea5
 def label_matrix(table, cols):
@@ -177,7 +176,7 @@ def wfdb_dls(
     prep:Preprocess=Preprocess(), # What is done to each record
     bs:int=64, # Batch size
     n_workers:int=0, # Processes that read
-    progress:bool=False, # Show a progress bar
+    progress:bool=None, # Show a bar: None where somebody watches
     cache=None, # Folder of a cache (`cache_ecg`), made if missing: the records are read once for all, and need not fit into memory
     random_crop:bool=False, # Training: one window a record, anywhere in it, drawn anew each time, instead of all its windows; training records then have no score
     aggregate:str='mean', # How the probabilities of a record's windows become one: 'mean' or 'max'

@@ -16,11 +16,11 @@ from functools import partial
 from pathlib import Path
 from rich.console import Console, Group
 from rich.markup import escape
-from rich.progress import track
 from rich.table import Table
 from scipy.ndimage import uniform_filter1d
 from .headers import _BYTES, MAX_HEADER, BadRecord, opened, record_stem
 from .leads import LEADS, lead_name
+from .progress import track
 from .records import PREPROCESS, Preprocess, _read_signals, _stack, _to_mv, samples_hash
 
 # %% ../nbs/11_doctor.ipynb #a5bd72ea
@@ -196,13 +196,13 @@ def check_records(
     folder, # A folder with WFDB records, in folders of any depth
     prep:Preprocess=None, # Bad is then what this refuses, and no other; None: what cannot be read at all
     n_workers:int=0, # Processes that read; 0 reads in this one
-    progress:bool=False, # Show a progress bar
+    progress:bool=None, # Show a bar: None where somebody watches, a notebook or a terminal
 ): # DataFrame of `COLUMNS`, one row a record: `problems` are names of `PROBLEMS`, `reasons` what was found, `remarks` what does not touch the samples
     "A verdict on each record: good, odd or bad. `FileNotFoundError` without such a folder, `ValueError` where it holds no record"
     if not (folder := Path(folder)).is_dir(): raise FileNotFoundError(f'no such folder: {folder}')
     records, orphans = list_records(folder)
     if not records and not orphans: raise ValueError(f'no record in {folder}: it holds no WFDB header (.hea) and no signal file (.dat, .mat)')
-    check, bar = partial(check_record, prep=prep), lambda it: track(it, 'Checking records', len(records)) if progress else it
+    check, bar = partial(check_record, prep=prep), partial(track, label='Checking records', total=len(records), show=progress)
     if n_workers:
         with ProcessPoolExecutor(n_workers) as pool: rows = list(bar(pool.map(check, records, chunksize=32)))
     else: rows = [check(f) for f in bar(records)]

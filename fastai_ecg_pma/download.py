@@ -16,10 +16,11 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from requests import RequestException
 from requests.adapters import HTTPAdapter
-from rich.progress import track
 from urllib.parse import quote
 from wfdb.io._url import NetFileError, _get_session
 from wfdb.io.download import config, dl_full_file
+
+from .progress import track
 
 # %% ../nbs/07_download.ipynb #8e7d91dd
 SUMS = 'SHA256SUMS.txt'
@@ -90,14 +91,14 @@ def download_db(
     tries:int=3, # Attempts at a file
     wait:float=1, # s before the second attempt, twice as long before each one after it
     timeout:float=60, # s without an answer that end an attempt
-    progress:bool=True, # Show a progress bar
+    progress:bool=None, # Show a bar: None where somebody watches, a notebook or a terminal
 ): # DataFrame: `file`, `status` ('there', 'fetched')
     "Fetch what is not there and right already. `DownloadIncomplete` says what could not be had; call again, and only that is tried"
     folder, url = Path(folder), posixpath.join(config.db_index_url, db)
     with _client(n_workers, timeout):
         want = {n: s for n,s in _fetch_sums(folder, url, tries, wait).items() if keep is None or keep(n)}
         if not want: raise ValueError(f'no file of {db} is asked for: `keep` refuses all that {SUMS} names')
-        return _report(_fetch_all(want, partial(_fetch, folder=folder, url=url, tries=tries, wait=wait), n_workers, db if progress else None), len(want))
+        return _report(_fetch_all(want, partial(_fetch, folder=folder, url=url, tries=tries, wait=wait), n_workers, db, progress), len(want))
 
 def _fetch_sums(folder, url, tries, wait):
     "The checksums of the server, read and then written to `folder`"
@@ -113,12 +114,12 @@ def _fetch_sums(folder, url, tries, wait):
     return sums
 
 # %% ../nbs/07_download.ipynb #dc8451f4
-def _fetch_all(want, fetch, n_workers, title):
+def _fetch_all(want, fetch, n_workers, title, progress=None):
     "`[(file, status)]` until all are done or `GIVE_UP` in a row failed"
     pool, out, row = ThreadPoolExecutor(n_workers), [], 0
     try:
         done = pool.map(fetch, want, want.values())
-        for status,name in zip(track(done, f'Downloading {title}', len(want)) if title else done, want):
+        for status,name in zip(track(done, f'Downloading {title}', len(want), progress), want):
             out.append((name, status))
             row = 0 if status in ('there', 'fetched') else row + 1
             if row == GIVE_UP: break

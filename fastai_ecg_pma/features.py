@@ -20,6 +20,7 @@ from .data import ecg_dls
 from .encoder import encoder_stack
 from .learner import batch_tfms, is_random, task_of
 from .metrics import one_hot
+from .progress import track
 from .protocol import plain, stable_hash
 from .recipe import recipe
 from .tensorfile import read_tensors, write_tensors
@@ -64,7 +65,7 @@ def layer_features(
 def _features(stack, dl, bs):
     "Pooled stack `[n,1+n_layers,…]` of all rows of a split, in their order, nothing augmented; of the records only `bs` are held at a time"
     device, ds = next(stack.parameters()).device, dl.dataset
-    return torch.cat([stack(batch_tfms(dl, torch.as_tensor(np.asarray(ds[i:i+bs][0])).to(device))).cpu() for i in range(0, len(ds), bs)])
+    return torch.cat([stack(batch_tfms(dl, torch.as_tensor(np.asarray(ds[i:i+bs][0])).to(device))).cpu() for i in track(range(0, len(ds), bs), 'Reading layers, batches')])
 
 def _as_dls(H, G, dls):
     h, is_valid = np.concatenate([H,G]), np.arange(len(H)+len(G)) >= len(H)

@@ -40,6 +40,7 @@ GATE_INPUTS = dict(                     # name: stack `[bs,1+n_layers,…,d]` ->
 
 def gate_net(width:int, n_out:int, hidden=(256,128), drop:float=0.1):
     "The paper's gate, `[…,width]` -> scores `[…,n_out]`"
+    if len(hidden) != 2: raise ValueError(f'hidden is {hidden}: the gate has two hidden layers, give their widths')
     a,b = hidden
     return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, a), nn.GELU(), nn.Dropout(drop),
                          nn.Linear(a, b), nn.GELU(), nn.Dropout(drop), nn.Linear(b, n_out))

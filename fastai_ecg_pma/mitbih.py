@@ -8,6 +8,7 @@ __all__ = ['DS1', 'DS2', 'PACED', 'SAME_PATIENT', 'AAMI', 'AAMI_ESCAPES_S', 'BEA
 
 # %% ../nbs/17_mitbih.ipynb #a5ff43d4
 import numpy as np, pandas as pd, wfdb
+from fastcore.meta import delegates
 from pathlib import Path
 
 from .windows import EcgArray, InMemory
@@ -102,13 +103,14 @@ def _overlap(a0, a1, b0, b1):
     return (np.minimum(a1[:,None], b1) - np.maximum(a0[:,None], b0)).clip(0)/(a1 - a0)[:,None]
 
 # %% ../nbs/17_mitbih.ipynb #c1424822
+@delegates(ecg_dls, but='y,vocab,valid,table,record,protocol', keep=True)
 def mitbih_dls(
     folder, # With records and their `.atr` files
     windows=mitbih_beats, # Function of `folder` and `prep` that gives a table of windows: `mitbih_beats`, `mitbih_rhythms`, or a `partial` of one
     prep:Preprocess=BEATS, # What is done to each record, and how long a window is
     as_published:bool=False, # Keep record 202 in DS2, whose patient is in DS1 as record 201
     n_workers:int=0, # Processes that read
-    progress:bool=False, # Show a progress bar
+    progress:bool=None, # Show a bar: None where somebody watches
     **kwargs):
     "tsai `dls` of windows with one class each, DS1 for training and DS2 for validation; kwargs go to `ecg_dls`"
     table = windows(folder, prep)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from fastcore.basics import patch
 from functools import partial
 from pathlib import Path
-from rich.progress import track
 from threading import Lock
 from torch import nn
 
@@ -22,6 +21,7 @@ from .doctor import check_record
 from .gate import ClassPMA
 from .headers import BadRecord
 from .leads import LIMB, lead_name
+from .progress import track
 from .records import Preprocess
 from .tensorfile import some
 from .thresholds import Thresholds
@@ -105,7 +105,7 @@ def predict(
     path_col:str='path',
     fs:float=None, # Hz: `records` is one signal
     bs:int=64, # Windows at a time
-    progress:bool=False, # Show a bar over many records
+    progress:bool=None, # Show a bar over many records: None where somebody watches
 ): # A `Prediction`; of many records a DataFrame with a row each: probability, positive, gate; windows, warnings, error
     "What the model says. `BadRecord` or `FileNotFoundError` says why one record cannot be used; of many, the column `error`"
     at = (lambda p: Path(folder)/p) if folder is not None else Path
@@ -169,7 +169,7 @@ def _gate(self:Predictor, w):
 @patch
 def _many(self:Predictor, paths, at, bs, progress):
     out, rows, n = [], [], 0
-    for i,p in enumerate(track(paths, 'Predicting') if progress else paths):
+    for i,p in enumerate(track(paths, 'Predicting', show=progress)):
         rows.append(self._try(p, at))
         n += len(rows[-1]['x'])
         if n >= bs or i == len(paths)-1: out.append(self._table(rows)); rows, n = [], 0

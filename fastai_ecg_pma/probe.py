@@ -19,6 +19,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from .aggregate import mlp_head
 from .features import labelled, layer_features, remember
 from .learner import score_dls, split_patients
+from .progress import track
 from .protocol import records_hash
 from .splits import label_subsets
 
@@ -73,7 +74,7 @@ def probe_predictions(
 def _fit_layers(feats, probe, few):
     (H,y),(G,_) = (labelled(feats, i) for i in (0,1))
     if getattr(probe, 'normed', False): H, G = (feats.stack.norm(feats.stack(h)).flatten(2).detach() for h in (H, G))
-    return np.stack([probe.fit(H[few,l].numpy(), y[few]).predict(G[:,l].numpy()) for l in range(H.shape[1])]).astype(np.float32)
+    return np.stack([probe.fit(H[few,l].numpy(), y[few]).predict(G[:,l].numpy()) for l in track(range(H.shape[1]), 'Probing layers')]).astype(np.float32)
 
 @delegates(layer_features, but='cache', keep=True)
 def probe_layers(
