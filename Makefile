@@ -10,10 +10,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 	$(BIN)/uv pip install -q --python $(BIN)/python --compile-bytecode -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: help demo test export check readme settings
+.PHONY: help demo test export check readme settings release-check
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 demo: .venv/.ok ## the whole path on made-up ECGs: pretrain, compare read-outs, fine-tune, predict
 	ecg-pma demo
@@ -38,3 +38,6 @@ readme: .venv/.ok ## README.md from nbs/index.ipynb
 
 settings: .venv/.ok ## settings.ini from pyproject.toml
 	python tools/settings.py
+
+release-check: .venv/.ok ## wheel built, looked into, installed in a fresh environment, imported, demo run: before a release
+	python tools/release_check.py

@@ -109,7 +109,7 @@ def _after(call, calls):
 def _parts(model, blocks, calls):
     "Paths of the modules of each block that ran: of the block itself, or of the members of a mere list"
     path, ran = {id(m): n for n,m in model.named_modules()}, {c.path for c in calls}
-    if any(id(b) not in path for b in blocks): raise ValueError(f'blocks: not all of these modules are in {type(model).__name__}')
+    if any(id(b) not in path for b in blocks): raise ValueError(f'blocks: not all of these modules are in {type(model).__name__}; in a copy of it they are other ones, so give their names')
     of = lambda b: [path[id(b)]] if path[id(b)] in ran else [path[id(m)] for m in b.children() if path[id(m)] in ran]
     if not all(parts := [of(b) for b in blocks]): raise ValueError(f'not all of the {len(blocks)} layers of {type(model).__name__} run in a forward')
     return parts

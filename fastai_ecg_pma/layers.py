@@ -34,7 +34,7 @@ class LayerStack(nn.Module):
         encoder, # Any Transformer: `x` is what it takes
         x=None, # Example batch, or its shape `(n_leads, seq_len)`; None: from an encoder with `leads` and `seq_len`, else the first batch
         layers=None, # Which layers: all, the last `int`, or a list of them (1 is the first block, -1 the last)
-        blocks=None, # The layers' modules, where `find_blocks` does not find them; a list of lists for parallel branches
+        blocks=None, # The layers' modules or their names, where `find_blocks` does not find them; a list of lists for parallel branches
         pool=mean_tokens, # `mean_tokens`, `mean_leads`, `class_token`, your own; None keeps all tokens, `[bs,1+n_layers,n_tokens,d]`
         normed:bool=False, # Put each state through the encoder's final norm
     ):
@@ -111,7 +111,7 @@ def ask(self:LayerStack, x):
         a = _example(x, m)
         b = a + torch.rand_like(a)*.9 if a.is_floating_point() else a.roll(1, -1)      # a category written as a number stays one
         if self.blocks is None: find_blocks(m)                                  # refuses a model without layers before it runs
-        self._find_layers(block_lists(m) if self.blocks is None else [_as_branches(self.blocks)], _run(m, a), _run(m, a[:2]))
+        self._find_layers(block_lists(m) if self.blocks is None else [_as_branches(m, self.blocks)], _run(m, a), _run(m, a[:2]))
         h = self._without_surprise(a)
         self.widths, self.n_tokens, self.d = _widths(self, a), h[0].shape[1], h[0].shape[2]
         self._check_alone(a, b, h)
@@ -163,7 +163,13 @@ def _find_layers(self:LayerStack, candidates, calls, calls_of_two):
     if len(axes) != 1: raise ValueError(f'no axis of the states of {type(m).__name__} grows with the number of records: {list(s3)} for 3, {list(s2)} for 2')
     self.batch_axis,self.fold = axes[0], s3[axes[0]]//3
 
-def _as_branches(blocks): return [list(b) for b in (blocks if isinstance(blocks[0], (list,tuple)) else [blocks])]
+def _as_branches(model, blocks):
+    "A list of modules for each branch; names are looked up in `model`"
+    return [[_named(model, b) if isinstance(b, str) else b for b in bs] for bs in (blocks if isinstance(blocks[0], (list,tuple)) else [blocks])]
+
+def _named(model, name):
+    try: return model.get_submodule(name)
+    except AttributeError as e: raise ValueError(f'blocks: {type(model).__name__} has no module {name!r}') from e
 
 def _choose(layers, n):
     "Indices 1…n of the chosen layers"

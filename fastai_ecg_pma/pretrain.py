@@ -119,5 +119,5 @@ def show_rebuilt(x, mask, pred, names, leads, dls=None, ds_idx:int=1, record:int
         for j in mask[i].nonzero().flatten().tolist(): ax.axvspan(j*ps/fs, (j+1)*ps/fs, color='0.5', alpha=.15, lw=0)
         ax.plot(t, x[i], 'k', lw=.8, label='recorded'); ax.plot(t, back[i], 'r', lw=.9, label='rebuilt')
         ax.set_ylabel(lead, rotation=0, ha='right', va='center')
-    axs[0].legend(loc='upper right', fontsize=7, ncol=2); axs[-1].set_xlabel(f'25 mm/s, {mm} mm/{unit}', loc='right', fontsize=8)
+    axs[0].legend(loc='lower right', bbox_to_anchor=(1, 1), frameon=False, fontsize=7, ncol=2); axs[-1].set_xlabel(f'25 mm/s, {mm} mm/{unit}', loc='right', fontsize=8)
     return fig
