@@ -2,6 +2,7 @@
 
 Needs chromium; where there is none, these tests are skipped, except in CI (`CI` is set), where they fail. `SITE=folder` tests a site that was built before.
 """
+import ast
 import json
 import os
 import re
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from bs4 import BeautifulSoup
+from playwright.sync_api import expect, sync_playwright
 
 sys.path.insert(0, str(Path(__file__).parents[1]/'tools'/'docs'))
 import links
@@ -47,7 +50,6 @@ def browser():
     if not CHROMIUM:
         assert not os.environ.get('CI'), 'chromium is missing: apt-get install chromium'
         pytest.skip('no chromium on this machine')
-    from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
         b = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield b
@@ -71,7 +73,7 @@ def watched(tab, address):
     tab.wrong = wrong = []
     tab.on('console', lambda m: wrong.append(f'console: {m.text}') if m.type in ('error', 'warning') else None)
     tab.on('pageerror', lambda e: wrong.append(f'error: {e}'))
-    tab.on('requestfailed', lambda r: wrong.append(f'failed: {r.url}'))
+    tab.on('requestfailed', lambda r: None if r.failure == 'net::ERR_ABORTED' else wrong.append(f'failed: {r.url}'))     # aborted: we went on to the next page
     tab.on('response', lambda r: wrong.append(f'{r.status}: {r.url}') if r.status >= 400 else None)
     tab.on('request', lambda r: None if r.url.startswith((address, 'data:', 'blob:')) else wrong.append(f'elsewhere: {r.url}'))
     return tab
@@ -116,7 +118,6 @@ def test_the_sidebar_is_quartos(site, root):
     "nbs/sidebar.yml, which Quarto reads, and the built pages have the same sections with the same pages, in this order"
     quarto = yaml.safe_load((root/'nbs/_quarto.yml').read_text())
     assert {'nbdev.yml', 'sidebar.yml'} == set(quarto['metadata-files']) and (root/'nbs'/quarto['format']['html']['css']).exists()
-    from bs4 import BeautifulSoup
     nav = BeautifulSoup((site/'index.html').read_text(), 'html.parser').find('nav', id='_nav')
     address = lambda p: re.sub(r'(^|/)\d+[a-z]?_', r'\1', str(Path(p).with_suffix('.html')))
     def declared(items):
@@ -132,8 +133,6 @@ def test_the_sidebar_is_quartos(site, root):
 
 def test_every_public_name_is_documented(site, root):
     "Each name in the `__all__` of a module has its place on that module's page, with its signature and its source"
-    import ast
-    from bs4 import BeautifulSoup
     n = 0
     for py in (root/'fastai_ecg_pma').glob('[a-z]*.py'):
         tree = ast.parse(py.read_text())
@@ -150,24 +149,42 @@ def test_every_public_name_is_documented(site, root):
 
 
 def test_hidden_cells_stay_hidden(site, root):
+    hides = lambda src: re.search(r'^#\|\s*(hide|echo: false|include: false)\s*$', src, re.M)
+    n = 0
     for nb in (root/'nbs').rglob('*.ipynb'):
-        shown = (site/links_address(nb, root)).read_text()
-        for c in json.loads(nb.read_text())['cells']:
-            src = ''.join(c['source'])
-            if c['cell_type'] == 'code' and re.search(r'^#\|\s*hide\s*$', src, re.M):
-                for line in src.splitlines()[1:]:
-                    plain = re.sub(r'<[^>]+>', '', shown)
-                    if len(line) > 60 and 'import' not in line: assert line.strip() not in plain, (nb.name, line)
-    assert not [p for p in site.rglob('*.html') if re.search(r'#\| *(hide|export|fig-alt|echo|output|classes)\b', p.read_text()) and 'source' not in p.parts]
+        text = BeautifulSoup((site/links_address(nb, root)).read_text(), 'html.parser').main.get_text()
+        code = [''.join(c['source']) for c in json.loads(nb.read_text())['cells'] if c['cell_type'] == 'code']
+        lines = lambda cells: {l.strip() for s in cells for l in s.splitlines() if len(l.strip()) > 50 and not l.startswith('#|')}
+        hidden = lines(s for s in code if hides(s)) - lines(s for s in code if not hides(s))
+        n += len(hidden)
+        assert [l for l in hidden if l in text] == [], nb.name
+        assert not re.search(r'^#\| *\w', text, re.M), nb.name         # nor is any cell's option shown
+    assert n > 200, n
 
 
 def links_address(nb, root): return re.sub(r'(^|/)\d+[a-z]?_', r'\1', nb.relative_to(root/'nbs').with_suffix('.html').as_posix())
 
 
+def test_nbdevs_own_way_is_open(root, tmp_path):
+    "What `nbdev-docs` does with each notebook before Quarto has it: its processors, which run exported cells, cells with an import, and `show_doc`"
+    code = """
+import glob, os, sys, warnings
+from pathlib import Path
+os.environ['IN_TEST'] = '1'; warnings.simplefilter('ignore')
+from nbdev.processors import FilterDefaults
+from nbdev.serve_drv import exec_nb
+for p in sorted(glob.glob('nbs/**/*.ipynb', recursive=True)):
+    try: exec_nb(Path(p).resolve(), Path(sys.argv[1])/'nb.ipynb', FilterDefaults)
+    except Exception as e: print(p, e)
+"""
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(tmp_path)], cwd=root, capture_output=True, text=True)
+    assert r.returncode == 0 and not r.stdout, r.stdout + r.stderr
+
+
 def search(t, words):
     "Addresses that the search gives, best first"
     t.locator('#_q').fill(words)
-    t.wait_for_function('w => document.querySelector(".search-found").dataset.query === w', arg=words)
+    expect(t.locator('.search-found')).to_have_attribute('data-query', words)
     return [a.get_attribute('href') for a in t.locator('.search-found a').all()]
 
 
@@ -178,7 +195,7 @@ def test_search_finds(tab):
     assert t.evaluate('document.activeElement.id') == '_q'
     base = t.evaluate('location.origin') + '/'
     for words, want in {'compare_readouts': 'compare.html#compare_readouts', 'LayerStack': 'layers.html#layerstack', 'pma_learner': 'learner.html#pma_learner', 'pretrain_learner': 'learner.html#pretrain_learner',
-                        'check_records': 'doctor.html#check_records', 'load_pma': 'saved.html#load_pma', 'macro_auroc': 'metrics.html', 'readouts': 'compare.html', 'onnxruntime': 'export.html'}.items():
+                        'check_records': 'doctor.html#check_records', 'load_pma': 'saved.html#load_pma', 'macro_auroc': 'metrics.html', 'readouts': 'compare.html', 'onnxruntime': 'studies/benchmarks.html'}.items():
         found = [f.removeprefix(base).lstrip('/') for f in search(t, words)]
         assert any(f.startswith(want) for f in found[:6]), (words, found)
     assert search(t, 'web server folder') and any('tutorials/' in f for f in search(t, 'service folder'))
@@ -196,7 +213,7 @@ def test_code_is_copied(tab):
     box.hover()
     box.locator('.copy').click()
     assert t.evaluate('navigator.clipboard.readText()') == box.locator('pre').inner_text().rstrip('\n')
-    t.wait_for_function('document.getElementById("_said").textContent === "Code copied"')
+    expect(t.locator('#_said')).to_have_text('Code copied')
     assert not t.wrong
 
 
@@ -270,8 +287,7 @@ def test_a_missing_page_says_so(tab):
     t.get_by_role('link', name='start').click(); t.wait_for_url('**/index.html')
 
 
-@pytest.mark.parametrize('scheme', ['light', 'dark'])
-@pytest.mark.parametrize('size', [PHONE, DESK], ids=['phone', 'desk'])
+@pytest.mark.parametrize('size, scheme', [(PHONE, 'light'), (DESK, 'dark')], ids=['phone-light', 'desk-dark'])
 def test_rules_of_accessibility(site, tab, scheme, size):
     from axe_playwright_python.sync_playwright import Axe
     t, axe, found = tab(size, scheme, bypass_csp=True), Axe(), []

@@ -1,6 +1,6 @@
 """Make the HTML site from the notebooks: `python tools/docs/build.py`, or `make docs`
 
-nbdev's processors (which run exported cells and `show_doc`, never an example) -> Markdown -> pandoc -> one template -> search -> a check of every link. Nothing is fetched.
+nbdev's processors (which run `show_doc` and no other cell) -> Markdown -> pandoc -> one template -> search -> a check of every link. Nothing is fetched.
 The order of the pages is nbs/sidebar.yml's. `--serve` shows the built site on this machine.
 """
 import argparse

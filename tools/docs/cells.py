@@ -4,19 +4,34 @@ import posixpath
 import os
 import re
 import subprocess
-import warnings
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 import nbdev.showdoc, pypandoc, yaml
 from fastcore.nbio import read_nb
-from nbdev.processors import FilterDefaults
+from nbdev.processors import FilterDefaults, exec_show_docs
 
 from api import ApiRenderer
 
 OPTION = re.compile(r'^#\|\s*([\w-]+)\s*(?::\s*(.*))?$')
 PANDOC = ['-f', 'markdown-yaml_metadata_block', '-t', 'html5', '--mathml', '--wrap=none', '--syntax-highlighting=none']
 ANSI = re.compile(r'\x1b\[[0-9;?]*[A-Za-z]')
+
+
+class ShowDocs(exec_show_docs):
+    "nbdev's, but names are those of the module that the notebook exports, instead of running its cells once more"
+    def begin(self):
+        super().begin()
+        if ApiRenderer.module: self.k.user_ns.update(vars(import_module(f'fastai_ecg_pma.{ApiRenderer.module}')))
+
+    def __call__(self, cell):
+        if cell.cell_type == 'code' and 'show_doc(' in cell.source: super().__call__(cell)
+
+
+class Filter(FilterDefaults):
+    "The processors of this site"
+    def base_procs(self): return [ShowDocs if p is exec_show_docs else p for p in super().base_procs()]
 
 
 @dataclass
@@ -92,10 +107,10 @@ def code_cell(page, cell, text):
 
 
 def notebook(page):
-    "The `Text` of a notebook: nbdev's processors run on it, its examples do not"
+    "The `Text` of a notebook: nbdev's processors go over it, none of its cells is run"
     nb = read_nb(page.source)
     ApiRenderer.module = page.module
-    FilterDefaults()(nb)
+    Filter()(nb)
     text = Text(dict(nb.frontmatter_), base=page.source)
     md = [code_cell(page, c, text) if c.cell_type == 'code' else c.source for c in nb.cells if c.cell_type != 'raw']
     text.md = '\n\n'.join(o for o in md if o)
@@ -117,10 +132,9 @@ def read(page): return notebook(page) if page.source.endswith('.ipynb') else mar
 
 
 def convert(page):
-    "`(Text, HTML)` of a page; made in a process of its own, for exported cells are run"
+    "`(Text, HTML)` of a page"
     os.environ['IN_TEST'] = '1'                                         # as nbdev does: nothing is exported while pages are made
     os.chdir(Path(__file__).parents[2])
-    warnings.filterwarnings('ignore', 'Found cells containing imports')
     nbdev.showdoc.BasicMarkdownRenderer = ApiRenderer
     text = read(page)
     return text, subprocess.run([pypandoc.get_pandoc_path(), *PANDOC], input=text.md, capture_output=True, text=True, check=True).stdout

@@ -77,12 +77,14 @@ async function find() {
   const done = () => { list.dataset.query = q; };
   if (!finder || !q) { list.replaceChildren(); said.textContent = ''; return; }
   const { results } = await finder.search(q);
-  const data = await Promise.all(results.slice(0, 12).map(r => r.data()));
+  const data = (await Promise.all(results.slice(0, 15).map(r => r.data()))).filter(d => about(d, q));
   if (mine !== turn) return;
   list.replaceChildren(...data.sort((a, b) => named(b, q) - named(a, q)).map(d => entry(d, q)));
-  said.textContent = results.length ? `${results.length} ${results.length === 1 ? 'page' : 'pages'}` : `Nothing about “${q}”`;
+  said.textContent = data.length ? `${data.length} ${data.length === 1 ? 'page' : 'pages'}` : `Nothing about “${q}”`;
   done();
 }
+// pagefind shortens a word until something fits: a page that holds none of the words' beginnings is not an answer
+const about = (d, q) => q.toLowerCase().split(/\s+/).some(w => (d.meta.title + ' ' + d.content).toLowerCase().includes(w.slice(0, Math.max(3, w.length - 3))));
 const bare = t => t.toLowerCase().replace(/[^\p{L}\p{N}.]/gu, '');
 const named = (d, q) => d.sub_results.some(s => bare(s.title) === bare(q)) ? 2 : bare(d.meta.title).includes(bare(q)) ? 1 : 0;
 function entry(d, q) {
