@@ -6,13 +6,14 @@
 __all__ = ['MAX_CONFIG', 'KINDS', 'BadConfig', 'Loader', 'read_yaml', 'read_config', 'Key', 'Args', 'check_value', 'from_shell',
            'default_text', 'Config', 'first_key', 'commented', 'one_line']
 
-# %% ../nbs/69_config.ipynb #b8aa7b11
+# %% ../nbs/69_config.ipynb #f3bdf274
 import inspect, math, re, yaml
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, is_dataclass
 from fastcore.docments import docments
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 from .parts import PARTS, nearest, part, part_text
 
@@ -52,7 +53,7 @@ def read_config(file) -> dict:
     if d is not None and not isinstance(d, dict): raise BadConfig(f'{file} is no mapping of keys to values')
     return d or {}
 
-# %% ../nbs/69_config.ipynb #cc243335
+# %% ../nbs/69_config.ipynb #55c5d346
 KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'a text', list: 'a list', dict: 'a mapping'}
 
 @dataclass
@@ -82,16 +83,20 @@ def _keys(f, but, docs, defaults):
         if k in but or k == 'self' or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL): continue
         doc = next((t for d in said if k in d and (t := d[k]['docment'])), '')
         default = defaults.get(k, p.default)
-        out[k] = _key(k, default, p.annotation, ' '.join(doc.split()))
+        out[k] = _key(k, default, p.annotation, ' '.join(doc.split()), p.default)
     return out
 
-def _key(name, default, anno, doc):
+def _is_instance(v): return is_dataclass(v) and not isinstance(v, type)
+
+def _key(name, default, anno, doc, own=None):
     if isinstance(anno, Args): return anno, doc
-    if is_dataclass(default) and not isinstance(default, type): return Args(type(default), **{f.name: getattr(default, f.name) for f in fields(default)}), doc
-    needed = default is inspect.Parameter.empty
-    if name in PARTS: return Key(name, 'parts' if isinstance(default, dict) else 'part', None if needed else default, doc, needed, default is None)
+    if default is None and _is_instance(own): return Args(type(own), optional=True, **{f.name: getattr(own, f.name) for f in fields(own)}), doc
+    if _is_instance(default): return Args(type(default), **{f.name: getattr(default, f.name) for f in fields(default)}), doc
+    needed, none = default is inspect.Parameter.empty, type(None) in get_args(anno)
+    anno = next((a for a in get_args(anno) if a in KINDS), anno) if none else anno
+    if name in PARTS: return Key(name, 'parts' if isinstance(default, dict) else 'part', None if needed else default, doc, needed, none or default is None)
     kind = list if isinstance(default, (tuple, list, range)) else anno if anno in KINDS else None if default is None or needed else type(default)
-    return Key(name, kind, None if needed else list(default) if kind is list else default, doc, needed, default is None or needed)
+    return Key(name, kind, None if needed else list(default) if kind is list and default is not None else default, doc, needed, none or default is None or needed)
 
 # %% ../nbs/69_config.ipynb #3b0d521b
 def check_value(key:Key, v, at:str):

@@ -4,24 +4,24 @@
 
 # %% auto #0
 __all__ = ['PROBLEMS', 'FLAT', 'SATURATED', 'COLUMNS', 'problem_of', 'runs', 'flat_seconds', 'saturated_seconds', 'flat_leads',
-           'saturated_leads', 'einthoven_error', 'check_record', 'list_records', 'check_records', 'report', 'doctor']
+           'saturated_leads', 'einthoven_error', 'check_record', 'list_records', 'check_records', 'report']
 
 # %% ../nbs/11_doctor.ipynb #a246f76a
 import re
-import numpy as np, pandas as pd, wfdb, yaml
+import numpy as np, pandas as pd, wfdb
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from functools import partial
 from pathlib import Path
-from rich.console import Console, Group
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 from scipy.ndimage import uniform_filter1d
 from .headers import _BYTES, MAX_HEADER, BadRecord, opened, record_stem
 from .leads import LEADS, lead_name
 from .progress import track
-from .records import PREPROCESS, Preprocess, _read_signals, _stack, _to_mv, samples_hash
+from .records import Preprocess, _read_signals, _stack, _to_mv, samples_hash
 
 # %% ../nbs/11_doctor.ipynb #a5bd72ea
 PROBLEMS = {                   # in the order of reports: what makes a record bad, what makes it odd, remarks
@@ -248,21 +248,3 @@ def _table(title, columns, rows):
     t = Table(*columns, title=title, title_justify='left')
     for r in rows: t.add_row(*(escape(str(v).encode('unicode_escape').decode() if not str(v).isprintable() else str(v)) for v in r))
     return t
-
-# %% ../nbs/11_doctor.ipynb #ce615237
-def doctor(
-    folder:str, # A folder with WFDB records, in folders of any depth
-    prep:str=None, # Judge by what this preprocessing can use: pma, stmem, or a YAML file with the fields of Preprocess
-    out:str=None, # Write all rows to this CSV file
-    most:int=20, # Lines for bad and for odd records
-    n_workers:int=2, # Processes that read
-):
-    "A verdict on each record of a folder: good, odd or bad, and why"
-    checks = check_records(folder, _prep(prep), n_workers, progress=True)
-    if out: checks.to_csv(out, index=False)
-    Console().print(report(checks, most))
-
-def _prep(name):
-    if name is None or name in PREPROCESS: return PREPROCESS.get(name)
-    if not Path(name).is_file(): raise ValueError(f"no preprocessing {name!r}: choose {', '.join(PREPROCESS)}, or name a YAML file with the fields of Preprocess")
-    return Preprocess.from_dict(yaml.safe_load(Path(name).read_text()))

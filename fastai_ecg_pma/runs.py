@@ -6,7 +6,7 @@
 __all__ = ['PACKAGES', 'FREE', 'console', 'printing_to', 'versions', 'git_state', 'OtherConfig', 'begin_run', 'differing',
            'ShowFit', 'showing', 'loggers', 'Terminated', 'stoppable']
 
-# %% ../nbs/59_runs.ipynb #d09c2e55
+# %% ../nbs/59_runs.ipynb #2cd2a56e
 import fastai_ecg_pma, os, platform, signal, subprocess, sys, threading, time, yaml
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,7 +20,7 @@ from rich.table import Table
 
 from .checkpoint import is_fit
 from .files import write_text
-from .progress import TerminalView, clock, current_view
+from .progress import NotebookView, TerminalView, current_view
 
 # %% ../nbs/59_runs.ipynb #60b7edc9
 _CONSOLE = ContextVar('console', default=None)
@@ -92,27 +92,27 @@ def _flat(d, at=''):
     for k,v in d.items(): out |= _flat(v, f'{at}{k}.') if isinstance(v, dict) and v else {at+k: v}
     return out
 
-# %% ../nbs/59_runs.ipynb #a3951a0a
+# %% ../nbs/59_runs.ipynb #7385199c
 class ShowFit(Callback):
     "Show a training by a view: `TerminalView` or `LineView`"
     order, decides = 61, False              # after CSVLogger, before Checkpoint, which tells the rows of epochs that were done before
-    def __init__(self, label:str='Training', view=None, last:int=8): self.label, self.view, self.last, self.rows = label, view or current_view(show=True), last, []
+    def __init__(self, label:str, view, last:int=8): self.label, self.view, self.last, self.rows = label, view, last, []
 
     def before_fit(self):
         self.bar = None
-        if not is_fit(self.learn) or self.view is None: return
+        if not is_fit(self.learn): return
         self.rows = []
         self.names, self.old_logger, self.learn.logger = list(self.recorder.metric_names), self.learn.logger, self.row
-        self.bar, self.began = self.view.start(self.label, self.n_epoch*len(self.dls.train), time.monotonic()), time.monotonic()
+        self.bar = self.view.start(self.label, self.n_epoch*len(self.dls.train), time.monotonic())
 
     def row(self, log):
         self.rows.append([f'{v:.4f}' if isinstance(v, float) else str(v) for v in log])
         if isinstance(self.view, TerminalView): self.view.head = self.table(self.last)
-        else: self.view.write(f'{self.label}, ' + ', '.join(f'{n} {v}' for n,v in zip(self.names, self.rows[-1])) + f' (of {self.n_epoch}), {clock(time.monotonic() - self.began)}')
+        else: self.view.write(f'{self.label}, epoch {len(self.rows)} of {self.n_epoch}: ' + ', '.join(f'{n} {v}' for n,v in list(zip(self.names, self.rows[-1]))[1:]))
         self.old_logger(log)
 
     def after_batch(self):
-        if self.bar is not None and self.training: self.bar.to(self.epoch*self.n_iter + self.iter + 1, f'{self.label}, epoch {self.epoch+1} of {self.n_epoch}, loss {self.smooth_loss:.4f}')
+        if self.bar is not None and self.training: self.bar.to(self.epoch*self.n_iter + self.iter + 1, f'{self.label}, epoch {self.epoch+1} of {self.n_epoch}, loss {float(self.smooth_loss):.4f}')
 
     def after_fit(self): self.close()
 
@@ -129,15 +129,16 @@ class ShowFit(Callback):
 
 @contextmanager
 def showing(learn, label:str='Training'):
-    "Inside, trainings of `learn` are shown as `ShowFit` does, and at the end the table stays; where nobody watches, nothing is shown"
+    "Inside, trainings of `learn` are shown as `ShowFit` does, and at the end the table stays; in a notebook as fastai does; where nobody watches, not at all"
+    if isinstance(view := current_view(), NotebookView): yield learn; return
     with learn.no_bar(), learn.no_logging():
-        show = ShowFit(label) if current_view(show=True) is not None else None
+        show = view and ShowFit(label, view)
         if show: learn.add_cb(show)
         try: yield learn
         finally:
             if show:
                 show.close(); learn.remove_cb(show)
-                if show.rows and isinstance(show.view, TerminalView): console().print(show.table())
+                if show.rows and isinstance(view, TerminalView): console().print(show.table())
 
 # %% ../nbs/59_runs.ipynb #064ea9f6
 def loggers(

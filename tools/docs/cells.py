@@ -5,10 +5,12 @@ import os
 import re
 import subprocess
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
 import nbdev.showdoc, pypandoc, yaml
+from execnb.shell import CaptureShell
 from fastcore.nbio import read_nb
 from nbdev.processors import FilterDefaults, exec_show_docs
 
@@ -19,11 +21,17 @@ PANDOC = ['-f', 'markdown-yaml_metadata_block', '-t', 'html5', '--mathml', '--wr
 ANSI = re.compile(r'\x1b\[[0-9;?]*[A-Za-z]')
 
 
+@cache
+def shell():
+    "One for all pages: each takes half a second to end"
+    return CaptureShell()
+
+
 class ShowDocs(exec_show_docs):
     "nbdev's, but names are those of the module that the notebook exports, instead of running its cells once more"
     def begin(self):
-        super().begin()
-        if ApiRenderer.module: self.k.user_ns.update(vars(import_module(f'fastai_ecg_pma.{ApiRenderer.module}')))
+        self.k = shell()
+        self.k.user_ns.update(vars(import_module(f'fastai_ecg_pma.{ApiRenderer.module}')) if ApiRenderer.module else {}, show_doc=nbdev.showdoc.show_doc)
 
     def __call__(self, cell):
         if cell.cell_type == 'code' and 'show_doc(' in cell.source: super().__call__(cell)
