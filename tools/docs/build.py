@@ -34,7 +34,7 @@ ASSETS = 'style.css', 'site.js', 'theme.js', 'favicon.svg'
 
 def make_page(source, section):
     "A `Page` for a file of nbs/"
-    module = re.search(r'#\| default_exp (\w+)', (ROOT/source).read_text()) if source.endswith('.ipynb') else None
+    module = re.search(r'#\| default_exp (\w+)', (ROOT/source).read_text()) if source.endswith('.ipynb') and (ROOT/source).exists() else None
     return Page(pg.address(source).removesuffix('.html'), source, module[1] if module else None, section)
 
 
@@ -55,10 +55,10 @@ def flat(tree):
         else: yield from ([o[1]] if o[1] else []); yield from flat(o[2])
 
 
-def unlisted(pages):
-    "Notebooks and texts in nbs/ that the sidebar forgets"
+def out_of_step(sources):
+    "What nbs/sidebar.yml forgets, and what it lists in vain"
     there = {p.relative_to(ROOT).as_posix() for ext in ('ipynb', 'qmd') for p in (ROOT/'nbs').rglob(f'*.{ext}') if not any(s[0] in '._' for s in p.relative_to(ROOT).parts)}
-    return sorted(there - {p.source for p in pages})
+    return [f'{p} is in no section of nbs/sidebar.yml' for p in sorted(there - sources)] + [f'nbs/sidebar.yml lists {p}, which is not there' for p in sorted(sources - there)]
 
 
 def convert_all(pages, n_workers):
@@ -123,7 +123,7 @@ def build(out, n_workers=2, allow_missing_alt=False):
     "The site into the folder `out`; a list of what is wrong with it"
     site, tree = get_config(ROOT), site_tree()
     order = list(flat(tree))
-    if forgotten := unlisted(order): return [f'{p} is not in nbs/sidebar.yml: add it to a section' for p in forgotten]
+    if wrong := out_of_step({p.source for p in order}): return wrong
     convert_all(order, n_workers)
     shutil.rmtree(out, ignore_errors=True)
     (out/'figures').mkdir(parents=True)
