@@ -104,8 +104,8 @@ def test_every_page_opens_and_fits(site, tab, size):
         titles.setdefault(f['title'], []).append(name)
         ok = not (f['bare'] or f['empty'] or f['squeezed']) and f['wide'] <= 0 and f['description'] > 10 and f['lang'] == 'en'
         ok &= [f[k] for k in ('h1', 'main', 'header', 'footer', 'nav')] == [1]*5
-        if t.wrong or not ok: faults.append((name, list(t.wrong), f))
-    assert not faults
+        if t.wrong or not ok: faults.append(f'{name}: {t.wrong} {f}')
+    assert not faults, '\n'.join(faults)
     assert [n for n in titles.values() if len(n) > 1] == []            # each has a title of its own
 
 
@@ -159,6 +159,7 @@ def test_hidden_cells_stay_hidden(site, root):
         n += len(hidden)
         assert [l for l in hidden if l in text] == [], nb.name
         assert not re.search(r'^#\| *\w', text, re.M), nb.name         # nor is any cell's option shown
+        assert '](/' not in text, f'{nb.name}: nbdev links a back-ticked name by itself; inside of a link it must not be back-ticked'
     assert n > 200, n
 
 
@@ -175,7 +176,8 @@ from nbdev.processors import FilterDefaults
 from nbdev.serve_drv import exec_nb
 for p in sorted(glob.glob('nbs/**/*.ipynb', recursive=True)):
     try: exec_nb(Path(p).resolve(), Path(sys.argv[1])/'nb.ipynb', FilterDefaults)
-    except Exception as e: print(p, e)
+    except Exception as e: print(p, e, flush=True)
+os._exit(0)                                                             # a shell for each notebook, each slow to end
 """
     r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(tmp_path)], cwd=root, capture_output=True, text=True)
     assert r.returncode == 0 and not r.stdout, r.stdout + r.stderr

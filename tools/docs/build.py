@@ -63,8 +63,11 @@ def out_of_step(sources):
 
 def convert_all(pages, n_workers):
     "Each page to HTML, several at a time"
-    with ProcessPoolExecutor(n_workers, mp.get_context('spawn')) as pool: done = pool.map(convert, pages, chunksize=1)
-    for p, (p.text, html) in zip(pages, done): p.soup = BeautifulSoup(html, 'html.parser'); pg.ids(p.soup)
+    with ProcessPoolExecutor(n_workers, mp.get_context('spawn')) as pool:
+        for p, (p.text, html) in zip(pages, pool.map(convert, pages)):
+            p.soup = BeautifulSoup(html, 'html.parser')
+            pg.ids(p.soup)
+            if 'title' not in p.text.front: p.text.front['title'] = p.soup.h1.extract().get_text()
 
 
 # ---- the site
@@ -74,7 +77,7 @@ def head(page, site):
     front, crumb = page.text.front, f'<p class="crumb" data-pagefind-ignore>{page.section}</p>' if page.section else ''
     lead = f'<div class="lead">{inline(front["description"])}</div>' if front.get('description') else ''
     src = f'<p class="module" data-pagefind-ignore><code>{site.lib_name}.{page.module}</code> <a href="{pg.relative(page, f"source/{page.module}.html")}">source</a></p>' if page.module else ''
-    return f'<header class="page">{crumb}<h1>{inline(front["title"])}</h1>{lead}{src}</header>' if 'title' in front else crumb
+    return f'<header class="page">{crumb}<h1>{inline(front["title"])}</h1>{lead}{src}</header>'
 
 
 def inline(text):

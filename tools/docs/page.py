@@ -34,7 +34,7 @@ class Page:
     def href(self): return f'{self.name}.html'
 
     @property
-    def title(self): return (self.text.front.get('title') or self.soup.h1.get_text())
+    def title(self): return self.text.front['title']
 
 
 def address(path):
@@ -95,8 +95,8 @@ def colour(html):
     "Pygments' classes on every code block of a finished page"
     def one(m):
         name = next((c for c in m[1].split() if c not in ('code', 'signature')), 'text')
-        try: lexer = get_lexer_by_name(name)
-        except ClassNotFound: return m[0]                               # an output
+        try: lexer = get_lexer_by_name(name if name != 'output' else 'text')
+        except ClassNotFound: return m[0]
         return f'<pre class="{m[1]}"><code>{highlight(unescape(m[2]), lexer, HtmlFormatter(nowrap=True)).rstrip()}</code></pre>'
     return re.sub(r'<pre class="([^"]*)"><code>(.*?)</code></pre>', one, html, flags=re.S)
 
