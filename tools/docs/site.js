@@ -28,8 +28,7 @@ const here = $('.side [aria-current]');
 if (here && $('.side').scrollHeight > $('.side').clientHeight) $('.side').scrollTop = here.offsetTop - $('.side').clientHeight / 2;
 
 // Code is copied
-for (const pre of $$('pre.code, pre.signature, article pre[class]:not(.output):not(.source)')) {
-  if (pre.parentElement.classList.contains('copyable')) continue;
+for (const pre of $$('article pre[class]:not(.output):not(.signature):not(.source)')) {
   const box = document.createElement('div'), b = document.createElement('button');
   box.className = 'copyable'; b.type = 'button'; b.className = 'copy'; b.textContent = 'Copy'; b.setAttribute('aria-label', 'Copy this code');
   pre.replaceWith(box); box.append(pre, b);
