@@ -44,7 +44,7 @@ def check(site, pages, name, href, loaded, base):
     if u.scheme == 'data': return None
     if u.scheme or u.netloc: return 'loaded from elsewhere' if loaded else None
     path = unquote(u.path)
-    if path.startswith('/') and not path.startswith(base): return 'outside of the site'
+    if path.startswith('/') and name != '404.html': return 'absolute, which breaks where the site is in a folder'
     target = path.removeprefix(base) or 'index.html' if path.startswith('/') else posixpath.normpath(posixpath.join(posixpath.dirname(name), path)) if path else name
     if target == '.': target = 'index.html'
     if target not in pages: return None if (site/target).is_file() else 'broken link'
