@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-# %% ../nbs/01_progress.ipynb #f42980ae
+# %% ../nbs/01_progress.ipynb #688223b0
 class Rate(ProgressColumn):
     "How many a second"
     def render(self, task): return Text(rate(task.speed) if task.speed else '')
@@ -55,11 +55,11 @@ class TerminalBar:
     def to(self, n, label=None):
         self.view.bars.update(self.task, completed=n, **({} if label is None else dict(description=label)))
         self.view.draw()
-    def close(self):
+    def close(self, say=True):
         self.view.draw(now=True)
         self.view.bars.remove_task(self.task); self.view.shut()
 
-# %% ../nbs/01_progress.ipynb #b3e3bd38
+# %% ../nbs/01_progress.ipynb #57e7ae09
 class LineView:
     "A line of text now and then, and one at the end"
     def __init__(self, write=None, every:float=10): self.write, self.every, self.head = write or (lambda s: print(s, file=sys.stderr, flush=True)), every, None
@@ -75,14 +75,15 @@ class LineBar:
         speed = self.n/max(self.said - self.began, 1e-9)
         left = f', {clock((self.total - self.n)/speed)} left' if self.total and self.n and self.n < self.total else f', {clock(self.said - self.began)}'
         self.view.write(f'{self.label}: {self.n:,}' + (f' of {self.total:,}' if self.total else '') + (f', {rate(speed)}' if speed else '') + left)
-    def close(self): self.say()
+    def close(self, say=True):
+        if say: self.say()
 
 def clock(s:float) -> str:
     "Seconds as `m:ss` or `h:mm:ss`"
     m, s = divmod(round(s), 60)
     return f'{m//60}:{m%60:02d}:{s:02d}' if m >= 60 else f'{m}:{s:02d}'
 
-# %% ../nbs/01_progress.ipynb #477e35a3
+# %% ../nbs/01_progress.ipynb #8d3c2ab4
 class NotebookView:
     "Bars of fastprogress, as fastai shows them; gone when the work is done"
     head = None
@@ -96,7 +97,7 @@ class NotebookBar:
     def to(self, n, label=None):
         self.bar.comment = label or self.bar.comment
         self.bar.update(n)
-    def close(self): self.bar.on_iter_end()
+    def close(self, say=True): self.bar.on_iter_end()
 
 # %% ../nbs/01_progress.ipynb #bee1e49c
 _VIEW = ContextVar('view', default=())                # () : nobody has said

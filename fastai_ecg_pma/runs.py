@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'FREE', 'console', 'printing_to', 'versions', 'git_state', 'OtherConfig', 'begin_run', 'differing',
-           'ShowFit', 'showing', 'loggers', 'Terminated', 'stoppable']
+           'ShowFit', 'showing', 'RunLog', 'loggers', 'Terminated', 'stoppable']
 
 # %% ../nbs/59_runs.ipynb #2cd2a56e
 import fastai_ecg_pma, os, platform, signal, subprocess, sys, threading, time, yaml
@@ -92,40 +92,40 @@ def _flat(d, at=''):
     for k,v in d.items(): out |= _flat(v, f'{at}{k}.') if isinstance(v, dict) and v else {at+k: v}
     return out
 
-# %% ../nbs/59_runs.ipynb #7385199c
+# %% ../nbs/59_runs.ipynb #efa9889a
 class ShowFit(Callback):
     "Show a training by a view: `TerminalView` or `LineView`"
-    order, decides = 61, False              # after CSVLogger, before Checkpoint, which tells the rows of epochs that were done before
-    def __init__(self, label:str, view, last:int=8): self.label, self.view, self.last, self.rows = label, view, last, []
+    order, decides = 61, False
+    def __init__(self, label:str, view, last:int=8): self.label, self.view, self.last, self.rows, self.bar = label, view, last, [], None
 
     def before_fit(self):
-        self.bar = None
         if not is_fit(self.learn): return
-        self.rows = []
-        self.names, self.old_logger, self.learn.logger = list(self.recorder.metric_names), self.learn.logger, self.row
-        self.bar = self.view.start(self.label, self.n_epoch*len(self.dls.train), time.monotonic())
-
-    def row(self, log):
-        self.rows.append([f'{v:.4f}' if isinstance(v, float) else str(v) for v in log])
-        if isinstance(self.view, TerminalView): self.view.head = self.table(self.last)
-        else: self.view.write(f'{self.label}, epoch {len(self.rows)} of {self.n_epoch}: ' + ', '.join(f'{n} {v}' for n,v in list(zip(self.names, self.rows[-1]))[1:]))
-        self.old_logger(log)
+        self.rows, self.bar = [], self.view.start(self.label, self.n_epoch*len(self.dls.train), time.monotonic())
 
     def after_batch(self):
         if self.bar is not None and self.training: self.bar.to(self.epoch*self.n_iter + self.iter + 1, f'{self.label}, epoch {self.epoch+1} of {self.n_epoch}, loss {float(self.smooth_loss):.4f}')
+
+    def after_epoch(self):
+        if self.bar is None: return
+        if len(self.rows) < self.epoch: self.rows = [*getattr(getattr(self.learn, 'checkpoint', None), 'rows', [])]          # those of a training that goes on
+        self.rows.append(list(self.recorder.log))
+        if isinstance(self.view, TerminalView): self.view.head = self.table(self.last)
+        else: self.view.write(f'{self.label}, epoch {self.epoch+1} of {self.n_epoch}: ' + ', '.join(f'{n} {v}' for n,v in list(zip(self.recorder.metric_names, _text(self.rows[-1])))[1:]))
 
     def after_fit(self): self.close()
 
     def close(self):
         "Take the bar away; after a training that broke off, too"
         if self.bar is None: return
-        self.learn.logger, self.view.head = self.old_logger, None
-        self.bar.close(); self.bar = None
+        self.view.head = None
+        self.bar.close(say=False); self.bar = None
 
     def table(self, last:int=None):
-        t = Table(*self.names)
-        for r in self.rows[-last:] if last else self.rows: t.add_row(*r)
+        t = Table(*self.recorder.metric_names)
+        for r in self.rows[-last:] if last else self.rows: t.add_row(*_text(r))
         return t
+
+def _text(row): return [f'{v:.4f}' if isinstance(v, float) else str(v) for v in row]
 
 @contextmanager
 def showing(learn, label:str='Training'):
@@ -137,10 +137,29 @@ def showing(learn, label:str='Training'):
         try: yield learn
         finally:
             if show:
-                show.close(); learn.remove_cb(show)
+                show.close()
                 if show.rows and isinstance(view, TerminalView): console().print(show.table())
+                learn.remove_cb(show)
 
-# %% ../nbs/59_runs.ipynb #064ea9f6
+# %% ../nbs/59_runs.ipynb #6fc90cc0
+class RunLog(CSVLogger):
+    "fastai's `CSVLogger` over all fits of a run: one table, whose column `fit` counts them; looking at the validation records between two fits does not wipe it"
+    decides = False
+    def __init__(self, file):
+        super().__init__(Path(file).absolute())
+        self.fits, self.on = 0, False
+
+    def before_fit(self):
+        if not (on := is_fit(self.learn)): return
+        self.on, self.append, self.fits = on, self.fits > 0, self.fits + 1
+        self.file = self.fname.open('a' if self.append else 'w')
+        if not self.append: self.file.write(','.join(['fit', *self.recorder.metric_names]) + '\n')
+        self.old_logger, self.learn.logger = self.logger, self._write_line
+
+    def _write_line(self, log): super()._write_line([self.fits, *log])
+    def after_fit(self):
+        if self.on: super().after_fit(); self.on = False
+
 def loggers(
     out, # Folder of the run
     names=(), # Beside the csv: 'tensorboard', 'wandb'
@@ -149,7 +168,7 @@ def loggers(
     "fastai's callbacks that write a run's metrics. `ValueError` for one that is not known, or whose package is not installed"
     known = dict(csv=None, tensorboard=_tensorboard, wandb=_wandb)
     if odd := [n for n in names if n not in known]: raise ValueError(f'log has {odd[0]!r}: there are {", ".join(known)}')
-    return [CSVLogger(Path(out).absolute()/'log.csv'), *(known[n](Path(out), values) for n in names if known[n])]
+    return [RunLog(Path(out)/'log.csv'), *(known[n](Path(out), values) for n in names if known[n])]
 
 def _tensorboard(out, values):
     try: from fastai.callback.tensorboard import TensorBoardCallback

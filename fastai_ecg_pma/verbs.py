@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'DATA', 'LEARNER', 'PRECISIONS', 'LABELLED', 'Fit', 'make_dls', 'say_records', 'find_arch', 'several',
-           'training', 'finish', 'plain_json', 'save_figure', 'show_table', 'pretrain', 'last_metrics', 'train',
+           'training', 'finish', 'plain_json', 'save_figure', 'show_table', 'cell', 'pretrain', 'last_metrics', 'train',
            'keep_model', 'probe', 'compare', 'ptbxl_labelled', 'wfdb_labelled', 'evaluate', 'targets', 'say_bad',
            'flat', 'predict', 'below', 'doctor', 'cache', 'cached_paths', 'import_', 'export', 'named_prep']
 
-# %% ../nbs/71_verbs.ipynb #4850dd37
-import json, math, shutil
+# %% ../nbs/71_verbs.ipynb #7aaacc12
+import json, math
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -49,7 +49,7 @@ from .scale import Accumulate, Autocast
 from .stmem import load_original_pma, save_stmem
 from .weights import load_encoder, save_encoder
 
-# %% ../nbs/71_verbs.ipynb #5bef0c70
+# %% ../nbs/71_verbs.ipynb #ad198073
 SOURCES = dict(ptbxl=ptbxl_dls, wfdb=wfdb_dls, challenge=challenge_dls, mitbih=mitbih_dls)
 DATA = partial(Args, SOURCES, 'progress protocol X', (wfdb_dls,))
 LEARNER = 'dls seed cbs metrics splitter loss_func opt_func lr path model_dir wd_bn_bias train_bn moms default_cbs blocks'       # arguments that text cannot say
@@ -108,7 +108,7 @@ def training(learn, out, label):
     stops = stoppable(keep, lambda s: console().print(s)) if num_distrib() < 2 else nullcontext()
     with several(learn), showing(learn, label), stops: yield learn
 
-def finish(out, result, *figures):
+def finish(out, result):
     "Write `result.json`, and return it as JSON can hold it"
     result = plain_json(result)
     if out is not None: write_text(Path(out)/'result.json', json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)+'\n')
@@ -129,10 +129,15 @@ def save_figure(fig, path):
 
 def show_table(rows, title=None, most=40):
     "A DataFrame as a rich table"
-    t, shown = Table(*map(str, rows.columns), title=title, title_justify='left'), rows.head(most)
-    for r in shown.itertuples(index=False): t.add_row(*(f'{v:.3f}' if isinstance(v, float) and not v.is_integer() else '' if isinstance(v, float) and math.isnan(v) else f'{v:g}' if isinstance(v, float) else str(v) for v in r))
+    t = Table(*map(str, rows.columns), title=title, title_justify='left')
+    for r in rows.head(most).itertuples(index=False): t.add_row(*map(cell, r))
     console().print(t)
     if len(rows) > most: console().print(f'… {len(rows)-most} more')
+
+def cell(v) -> str:
+    "A value in a table"
+    if isinstance(v, float): return '' if math.isnan(v) else f'{v:g}' if v.is_integer() else f'{v:.3f}'
+    return str(v)
 
 # %% ../nbs/71_verbs.ipynb #d4c773cd
 def pretrain(
@@ -169,7 +174,7 @@ def last_metrics(learn):
     values = learn.recorder.values
     return dict(zip([n for n in learn.recorder.metric_names[1:] if n != 'time'], map(float, values[-1]))) if len(values) else {}
 
-# %% ../nbs/71_verbs.ipynb #932516ee
+# %% ../nbs/71_verbs.ipynb #244a2852
 def train(
     data:DATA(prep=None), # Labelled records; prep may be left out where an encoder has its own
     model:Args(pma_learner, LEARNER, (encoder_stack, readout_learner)), # The encoder and how it is read
@@ -201,7 +206,7 @@ def keep_model(learn, out, calibration, thresholds):
         return finish(out, dict(model=str(out/'model'), **last_metrics(learn)))
     s = evaluate_learner(learn)
     if calibration is not None: show_table(calibrate(learn, calibration).reset_index(), f'Calibration ({calibration}), on the validation records')
-    if thresholds: show_table(decide(learn, **thresholds).reset_index(), 'Thresholds, on the validation records')
+    if thresholds: show_table(decide(learn, **thresholds).reset_index()[['label', 'threshold', 'n_pos', 'sensitivity', 'specificity', 'ppv', 'npv', 'f1']], 'Thresholds, on the validation records')
     save_pma(learn, out/'model', score=s)
     gate = gate_report(learn).to_dict() if isinstance(learn.model.head.fuse, PMA) and type(learn.model.head.fuse) is PMA else None
     console().print(f'macro-AUROC {s} on {s.n_records} validation records of {s.n_patients} patients. The model is in {out/"model"}; next: ecg-pma predict {out/"model"} RECORD')
