@@ -197,7 +197,7 @@ def test_search_finds(tab):
     assert t.evaluate('document.activeElement.id') == '_q'
     base = t.evaluate('location.origin') + '/'
     for words, want in {'compare_readouts': 'compare.html#compare_readouts', 'LayerStack': 'layers.html#layerstack', 'pma_learner': 'learner.html#pma_learner', 'pretrain_learner': 'learner.html#pretrain_learner',
-                        'check_records': 'doctor.html#check_records', 'load_pma': 'saved.html#load_pma', 'macro_auroc': 'metrics.html', 'readouts': 'compare.html', 'onnxruntime': 'studies/benchmarks.html'}.items():
+                        'check_records': 'doctor.html#check_records', 'load_pma': 'saved.html#load_pma', 'macro_auroc': 'metrics.html', 'readouts': 'compare.html', 'onnxruntime': 'studies/prediction_time.html'}.items():
         found = [f.removeprefix(base).lstrip('/') for f in search(t, words)]
         assert any(f.startswith(want) for f in found[:6]), (words, found)
     assert search(t, 'web server folder') and any('tutorials/' in f for f in search(t, 'service folder'))
