@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 	$(BIN)/uv pip install -q --python $(BIN)/python --compile-bytecode -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: help demo test export check readme settings release-check
+.PHONY: help demo test export check readme settings release-check docs docs-serve docs-test
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -20,7 +20,7 @@ demo: .venv/.ok ## the whole path on made-up ECGs: pretrain, compare read-outs, 
 
 test: .venv/.ok ## every notebook and every test
 	OMP_NUM_THREADS=1 nbdev-test --n-workers 2
-	pytest --no-notebooks
+	pytest --no-notebooks --ignore tests/test_site.py  # `make docs-test` has those
 
 export: .venv/.ok ## notebooks -> modules, outputs refreshed, README and settings.ini rewritten: before a commit
 	nbdev-export
@@ -41,3 +41,12 @@ settings: .venv/.ok ## settings.ini from pyproject.toml
 
 release-check: .venv/.ok ## wheel built, looked into, installed in a fresh environment, imported, demo run: before a release
 	python tools/release_check.py
+
+docs: .venv/.ok ## the HTML site from the notebooks into _docs; a broken link or a figure without alternative text stops it
+	OMP_NUM_THREADS=1 python -W ignore tools/docs/build.py
+
+docs-serve: docs ## the site on this machine, as it is built now
+	python tools/docs/site_server.py _docs
+
+docs-test: .venv/.ok ## the built site in a browser (chromium)
+	SITE=_docs pytest tests/test_site.py
