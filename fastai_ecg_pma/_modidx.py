@@ -1668,6 +1668,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fastai_ecg_pma.verbs.cell': ('verbs.html#cell', 'fastai_ecg_pma/verbs.py'),
                                       'fastai_ecg_pma.verbs.compare': ('verbs.html#compare', 'fastai_ecg_pma/verbs.py'),
                                       'fastai_ecg_pma.verbs.doctor': ('verbs.html#doctor', 'fastai_ecg_pma/verbs.py'),
+                                      'fastai_ecg_pma.verbs.each_label': ('verbs.html#each_label', 'fastai_ecg_pma/verbs.py'),
                                       'fastai_ecg_pma.verbs.evaluate': ('verbs.html#evaluate', 'fastai_ecg_pma/verbs.py'),
                                       'fastai_ecg_pma.verbs.export': ('verbs.html#export', 'fastai_ecg_pma/verbs.py'),
                                       'fastai_ecg_pma.verbs.find_arch': ('verbs.html#find_arch', 'fastai_ecg_pma/verbs.py'),

@@ -6,10 +6,10 @@
 __all__ = ['SOURCES', 'DATA', 'LEARNER', 'PRECISIONS', 'LABELLED', 'Fit', 'make_dls', 'begin', 'say_records', 'find_arch',
            'alone', 'several', 'training', 'finish', 'plain_json', 'save_figure', 'show_table', 'cell', 'pretrain',
            'last_metrics', 'train', 'keep_model', 'probe', 'compare', 'ptbxl_labelled', 'wfdb_labelled', 'evaluate',
-           'targets', 'say_bad', 'flat', 'predict', 'below', 'doctor', 'cache', 'cached_paths', 'import_', 'export',
-           'named_prep']
+           'each_label', 'targets', 'say_bad', 'flat', 'predict', 'below', 'doctor', 'cache', 'cached_paths', 'import_',
+           'export', 'named_prep']
 
-# %% ../nbs/71_verbs.ipynb #290ef0c6
+# %% ../nbs/71_verbs.ipynb #488c63dd
 import json, math, os
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from contextlib import contextmanager, nullcontext
@@ -48,6 +48,7 @@ from .runs import begin_run, check_run, console, loggers, showing, stoppable
 from .saved import load_pma, save_pma
 from .scale import Accumulate, Autocast
 from .stmem import load_original_pma, save_stmem
+from .thresholds import threshold_table
 from .weights import load_encoder, save_encoder
 
 # %% ../nbs/71_verbs.ipynb #09b91989
@@ -261,7 +262,7 @@ def compare(
     show_table(c.table[['readout', 'point', 'low', 'high', 'difference', 'd_low', 'd_high', 'p_holm', 'params']], f'macro-AUROC, and difference to {c.reference}, on {c.table.scored_on[0]}')
     return finish(out, dict(readouts=c.table, reference=c.reference))
 
-# %% ../nbs/71_verbs.ipynb #b61a70b8
+# %% ../nbs/71_verbs.ipynb #158fc062
 def ptbxl_labelled(
     folder, # Folder of PTB-XL
     fold=(10,), # Official folds to score: 10 is the test fold
@@ -312,7 +313,7 @@ def evaluate(
     patients = table.patient_id.to_numpy()[ok] if 'patient_id' in table else None
     protocol = Protocol(**about, scored='test', records=dict(test=records_hash(table[col].astype(str)[ok], [[l for l,v in zip(p.labels, row) if v] for row in y[ok]])), aggregate=p.aggregate, prep=p.prep)
     s = score(said.probability.to_numpy()[ok], y[ok], patients, n, protocol=protocol.hash)
-    each = class_table(said.probability.to_numpy()[ok], y[ok], p.labels).reset_index()
+    each = each_label(p, said.probability.to_numpy()[ok], y[ok])
     show_table(each, f'{model} on {int(ok.sum())} records')
     console().print(f'macro-AUROC {s}, {s.n_scored} of {s.n_classes} labels scored, {s.n_records} records of {s.n_patients} patients; protocol {protocol.hash}')
     bad = say_bad(said.record.error)
@@ -320,6 +321,12 @@ def evaluate(
         flat(said).to_csv(Path(out)/'predictions.csv', index=False); each.to_csv(Path(out)/'labels.csv', index=False)
         write_text(Path(out)/'protocol.yaml', str(protocol)+'\n')
     return finish(out, dict(score=asdict(s), labels=each, bad=bad))
+
+def each_label(p, prob, y):
+    "Scores of each label, and how often the model's decisions are right"
+    t = class_table(prob, y, p.labels).rename(columns=dict(threshold='f1_threshold'))
+    if p.thresholds is not None: t = t.join(threshold_table(prob, y, p.thresholds.at, p.labels)[['threshold', 'sensitivity', 'specificity', 'ppv', 'npv']])
+    return t.rename_axis('label').reset_index()
 
 def targets(p, table, vocab):
     "0/1 `[n_records,n_labels]` in the order of the model's labels. `ValueError` where the records do not have them all"
