@@ -171,3 +171,10 @@ def test_issue_forms_are_what_the_host_reads(root):
         assert len(ids) == len(set(ids)) == len([b for b in form['body'] if b['type'] != 'markdown'])
         assert any(b.get('validations', {}).get('required') or any(o.get('required') for o in b['attributes'].get('options', [])) or p.name == 'proposal.yml' for b in form['body'])
         assert "patients' data" in p.read_text().lower(), p.name
+
+
+def test_title_cells_hold_title_and_subtitle_alone(root):
+    "nbdev takes both out of the cell for the head of the page, and drops what else is in it"
+    for p in (root/'nbs').rglob('*.ipynb'):
+        title, *more = [l for l in ''.join(json.loads(p.read_text())['cells'][0]['source']).splitlines() if l.strip()]
+        assert title.startswith('# ') and more and all(l.startswith('> ') for l in more), p.name
