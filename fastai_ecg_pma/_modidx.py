@@ -1402,6 +1402,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fastai_ecg_pma.runs.git_state': ('runs.html#git_state', 'fastai_ecg_pma/runs.py'),
                                      'fastai_ecg_pma.runs.loggers': ('runs.html#loggers', 'fastai_ecg_pma/runs.py'),
                                      'fastai_ecg_pma.runs.printing_to': ('runs.html#printing_to', 'fastai_ecg_pma/runs.py'),
+                                     'fastai_ecg_pma.runs.run_facts': ('runs.html#run_facts', 'fastai_ecg_pma/runs.py'),
                                      'fastai_ecg_pma.runs.showing': ('runs.html#showing', 'fastai_ecg_pma/runs.py'),
                                      'fastai_ecg_pma.runs.stoppable': ('runs.html#stoppable', 'fastai_ecg_pma/runs.py'),
                                      'fastai_ecg_pma.runs.versions': ('runs.html#versions', 'fastai_ecg_pma/runs.py')},

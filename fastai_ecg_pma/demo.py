@@ -17,7 +17,7 @@ from .learner import evaluate, pma_learner, pretrain_learner
 from .gates import gate_by_class, plot_gates
 from .probe import plot_layers, probe_layers
 from .ptbxl import ptbxl_dls
-from .runs import console, showing, versions
+from .runs import console, run_facts, showing
 from .saved import load_pma, save_pma
 from .synth import synth_ptbxl
 from .weights import save_encoder
@@ -91,7 +91,7 @@ def demo(
     rows = pd.concat([rows, pd.DataFrame([row])], ignore_index=True)
     rows.to_csv(out/'scores.csv', index=False)
     save_pma(learn, out/'model')
-    (out/'run.yaml').write_text(yaml.safe_dump(dict(settings=settings, versions=versions()), sort_keys=False))
+    (out/'run.yaml').write_text(yaml.safe_dump(dict(settings=settings, **run_facts()), sort_keys=False))
     say(rich_table(rows, f'{task}, fold 9: {row["n_records"]} records of {row["n_patients"]} patients, {row["n_scored"]} of {row["n_classes"]} classes scored'))
     say('All but the last row read a frozen encoder; their seconds are those of the read-out alone. The one to fine-tune was chosen '
                   'on the same fold 9, so its score is a little flattered.')

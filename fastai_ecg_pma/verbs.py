@@ -11,7 +11,7 @@ __all__ = ['SOURCES', 'DATA', 'LEARNER', 'PRECISIONS', 'LABELLED', 'Fit', 'make_
 
 # %% ../nbs/71_verbs.ipynb #488c63dd
 import json, math, os
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch, yaml
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from fastai.torch_core import num_distrib, rank_distrib
@@ -44,7 +44,7 @@ from .probe import plot_layers, probe_layers
 from .protocol import Protocol, records_hash
 from .ptbxl import drops_unlabelled, ptbxl_dls, ptbxl_records, ptbxl_table
 from .records import PREPROCESS, Preprocess
-from .runs import begin_run, check_run, console, loggers, showing, stoppable
+from .runs import begin_run, check_run, console, loggers, run_facts, showing, stoppable
 from .saved import load_pma, save_pma
 from .scale import Accumulate, Autocast
 from .stmem import load_original_pma, save_stmem
@@ -356,7 +356,8 @@ def predict(
     table:str=None, # A csv file with a column of paths, instead
     path_col:str='path', # That column
     folder:str=None, # Where paths begin
-    out:str=None): # A csv file for what it says
+    out:str=None, # A csv file for what it says; what it was made by is written to the same name with .yaml
+    values:dict=None):
     "What a model says of records: probabilities, decisions, the gate's weights, and what is odd"
     p = load_pma(model)
     if (table is None) == (not records): raise ValueError('name the records, or a table of them')
@@ -368,7 +369,9 @@ def predict(
         if one.gate is not None and one.gate.ndim == 1: console().print('gate   ' + ', '.join(f'layer {k} {v:.2f}' for k,v in one.gate.items()))
     said = p.predict(paths, at, path_col)
     if len(paths) != 1 or table: show_table(flat(said)[['record', *(f'probability.{l}' for l in p.labels), 'warnings', 'error']])
-    if out is not None: flat(said).to_csv(out, index=False)
+    if out is not None:
+        flat(said).to_csv(out, index=False)
+        write_text(Path(out).with_suffix('.yaml'), yaml.safe_dump(dict(verb='predict', **(values or {}), **run_facts()), sort_keys=False, allow_unicode=True))
     return finish(None, dict(predictions=flat(said), bad=[dict(record=str(k), reason=v) for k,v in said.record.error.items() if v]))
 
 def below(at, name):
