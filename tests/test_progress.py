@@ -9,7 +9,6 @@ from fastai_ecg_pma import progress
 from fastai_ecg_pma.cache import cache_ecg
 from fastai_ecg_pma.compare import compare_readouts
 from fastai_ecg_pma.doctor import check_records
-from fastai_ecg_pma.intervals import score
 from fastai_ecg_pma.learner import pretrain_learner
 from fastai_ecg_pma.probe import probe_layers
 from fastai_ecg_pma.progress import shown_by, track
