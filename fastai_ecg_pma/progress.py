@@ -66,17 +66,17 @@ class LineView:
     def start(self, label, total, began): return LineBar(self, label, total, began)
 
 class LineBar:
-    def __init__(self, view, label, total, began): self.view, self.label, self.total, self.began, self.said, self.n = view, label, total, began, time.monotonic(), 0
+    def __init__(self, view, label, total, began): self.view, self.label, self.total, self.began, self.said, self.n, self.told = view, label, total, began, time.monotonic(), 0, None
     def to(self, n, label=None):
         self.n, self.label = n, label or self.label
         if time.monotonic() - self.said >= self.view.every: self.say()
     def say(self):
-        self.said = time.monotonic()
+        self.said, self.told = time.monotonic(), self.n
         speed = self.n/max(self.said - self.began, 1e-9)
         left = f', {clock((self.total - self.n)/speed)} left' if self.total and self.n and self.n < self.total else f', {clock(self.said - self.began)}'
         self.view.write(f'{self.label}: {self.n:,}' + (f' of {self.total:,}' if self.total else '') + (f', {rate(speed)}' if speed else '') + left)
     def close(self, say=True):
-        if say: self.say()
+        if say and self.told != self.n: self.say()
 
 def clock(s:float) -> str:
     "Seconds as `m:ss` or `h:mm:ss`"
