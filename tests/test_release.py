@@ -74,7 +74,3 @@ def test_a_source_archive_without_its_licence_is_noticed(check, root, tmp_path):
     with tarfile.open(tmp_path/'s.tar.gz', 'w:gz') as t:
         for n in ('pyproject.toml', 'README.md', 'fastai_ecg_pma/__init__.py', 'fastai_ecg_pma/all.py'): t.addfile(tarfile.TarInfo(f'x-1/{n}'), io.BytesIO())
     assert check.sdist_problems(tmp_path/'s.tar.gz', root) == ['missing in the source archive: LICENSE']
-
-
-def test_the_demo_is_asked_for_one_epoch_of_each(check):
-    assert check.one_epoch('usage: x [--pretrain-epochs N] [--out OUT]\n  --pretrain-epochs N\n  --tune-epochs N  (2)') == ['--pretrain-epochs', '1', '--tune-epochs', '1']
