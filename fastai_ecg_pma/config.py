@@ -165,6 +165,7 @@ class Config:
         paths = [p for p,_ in self.walk()]
         if key.split('.') in paths: return key.split('.')
         found = [p for p in paths if p[-len(key.split('.')):] == key.split('.')]
+        found = [p for p in found if not _left_out(self, p)] or found                       # those of a section that is used come first
         if len(found) == 1: return found[0]
         if found: raise BadConfig(f'{key!r} could be {" or ".join(".".join(p) for p in found)}: say which')
         raise BadConfig(f'there is no {key!r}{nearest(key, [p[-1] for p in paths] + [".".join(p) for p in paths])}')

@@ -371,13 +371,13 @@ def predict(
     if len(paths) != 1 or table: show_table(flat(said)[['record', *(f'probability.{l}' for l in p.labels), 'warnings', 'error']])
     if out is not None:
         flat(said).to_csv(out, index=False)
-        write_text(Path(out).with_suffix('.yaml'), yaml.safe_dump(dict(verb='predict', **(values or {}), **run_facts()), sort_keys=False, allow_unicode=True))
+        write_text(Path(out).with_suffix('.yaml'), yaml.safe_dump(dict(verb='predict', told=values, **run_facts()), sort_keys=False, allow_unicode=True))
     return finish(None, dict(predictions=flat(said), bad=[dict(record=str(k), reason=v) for k,v in said.record.error.items() if v]))
 
 def below(at, name):
     "A record, or the records in a folder and below, relative to `at`"
     if not (at/name).is_dir(): return [name.removesuffix('.hea')]
-    found = [f.with_suffix('').relative_to(at).as_posix() for f in list_records(at/name)[0]]
+    found = [(Path(name)/f.relative_to(at/name)).with_suffix('').as_posix() for f in list_records(at/name)[0]]
     if not found: raise ValueError(f'no record in {at/name}: it holds no WFDB header (.hea)')
     return found
 

@@ -115,6 +115,7 @@ def test_predict(home, model, here):
     many = good('predict', model, 'ecgs/records100', 'out=said.csv', '--json', cwd=home, code=3)
     assert len(many['predictions']) == 100 and [b['record'] for b in many['bad']] == ['ecgs/records100/00000/00003_lr'] and 'cut short' in many['bad'][0]['reason']
     assert len(pd.read_csv(home/'said.csv')) == 100
+    assert here('predict', model, home/'ecgs/records100', '--json', cwd=home).stdout.count(str(home/'ecgs')) >= 100
     shown = {f'NORM  {r["probability.NORM"]:.3f}' for r in many['predictions'] if r['record'].endswith('00001_lr')}
     assert len(shown) == 1 and shown.pop() in one
     r = here('predict', model, 'ecgs/records100/00000/00003_lr', cwd=home)
@@ -124,7 +125,7 @@ def test_predict(home, model, here):
 def test_probe_and_compare(home, encoder):
     r = good('probe', encoder, 'ecgs', 'n=50', 'probe=knn_probe', 'out=probed', '--json', cwd=home)
     assert len(r['layers']) == 9 and (home/'probed'/'layers.png').exists()
-    r = good('compare', encoder, 'ecgs', 'readouts.epochs=1', 'n=50', "readouts.readouts={last layer: Last, gate: 'PMA(reads=\"mean\")'}", 'random=false', 'out=compared', '--json', cwd=home)
+    r = good('compare', encoder, 'ecgs', 'readouts.epochs=1', 'n=50', "readouts.readouts={last layer: Last, gate: 'PMA(reads=\"mean\")'}", 'random=false', 'bs=16', 'out=compared', '--json', cwd=home)       # of data: there is no section test
     assert [q['readout'].split(' (')[0] for q in r['readouts']] == ['last layer', 'gate', 'best layer'] and (home/'compared'/'readouts.png').exists()
 
 
