@@ -89,8 +89,8 @@ class ApiRenderer(BasicMarkdownRenderer):
         if isinstance(self.node, ast.FunctionDef) and any(ast.unparse(d) == 'property' for d in self.node.decorator_list): return self.nm
         back = f' -> {ast.unparse(self.node.returns)}' if getattr(self.node, 'returns', None) else ''
         short = f'{self.nm}({", ".join(args)}){back}'
-        if len(short) <= 84: return short
-        lines = wrap(', '.join(a.replace(' ', '\0') for a in args), 80, initial_indent='    ', subsequent_indent='    ', break_long_words=False, break_on_hyphens=False)
+        if len(short) <= 74: return short
+        lines = wrap(', '.join(a.replace(' ', '\0') for a in args), 72, initial_indent='    ', subsequent_indent='    ', break_long_words=False, break_on_hyphens=False)
         return '\n'.join([f'{self.nm}(', *(o.replace('\0', ' ') for o in lines), f'){back}'])
 
     def described(self):
