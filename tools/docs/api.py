@@ -54,9 +54,9 @@ def in_table(text):
 
 def rows(described):
     "A Markdown table of parameters"
-    typed = any(a for _, a, _, _ in described)
-    head = ['Parameter', *(['Type'] if typed else []), 'Default', 'What it is']
-    body = [[code(n) if n != 'returns' else '**returns**', *([code(a) if a else ''] if typed else []), code(d) if d else '', in_table(t)] for n, a, d, t in described]
+    typed, optional = any(a for _, a, _, _ in described), any(d for _, _, d, _ in described)
+    head = ['Parameter', *['Type']*typed, *['Default']*optional, 'What it is']
+    body = [[code(n) if n != 'returns' else '**returns**', *[code(a) if a else '']*typed, *[code(d) if d else '']*optional, in_table(t)] for n, a, d, t in described]
     return '\n'.join(f'| {" | ".join(o)} |' for o in [head, ['---']*len(head), *body])
 
 

@@ -102,10 +102,12 @@ def tag(soup, html): return BeautifulSoup(html, 'html.parser')
 
 def folding(html):
     "Lines that fold below their own indent where the page is narrow; drawn tables stay as they are and scroll"
-    if re.search('[\u2500-\u257f]', html): return html
-    indent = lambda l: len(t := re.sub('<[^>]*>', '', l)) - len(t.lstrip(' '))
+    plain = lambda l: re.sub('<[^>]*>', '', l)
     note = lambda l: l if '<span' in l else re.sub(r'(?<=  )#.*', r'<span class="note">\g<0></span>', l)
-    return ''.join(f'<span class="line" style="--in:{indent(l)+2}ch">{note(l)}</span>' for l in html.splitlines(keepends=True))
+    def line(l):
+        if re.search('[\u2500-\u257f]', l): return f'<span class="line drawn">{l}</span>'
+        return f'<span class="line" style="--in:{len(t := plain(l)) - len(t.lstrip(" ")) + 2}ch">{note(l)}</span>'
+    return ''.join(map(line, html.splitlines(keepends=True)))
 
 
 def colour(html):
