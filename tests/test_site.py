@@ -208,13 +208,34 @@ def test_search_finds(tab):
     assert not t.wrong
 
 
+@pytest.mark.parametrize('size', [DESK, PHONE], ids=['desk', 'phone'])
+def test_long_lines_fold(tab, size):
+    t = tab(size)
+    for page in ('tutorials/tsai.html', 'howto/shell.html', 'learner.html'):
+        t.goto(page)
+        lines = "[...document.querySelectorAll('main pre:not(.source)')].map(p => [p.scrollWidth - p.clientWidth, !!p.querySelector('.drawn')])"
+        assert max(n for n, drawn in t.evaluate(lines) if not drawn) <= 1
+    t.goto('howto/shell.html')
+    assert 'drawn' in t.locator('.line', has_text='┏').first.get_attribute('class')
+
+
+def test_a_parameter_is_no_link(site):
+    pages = {n: BeautifulSoup((site/n).read_text(), 'html.parser') for n in ('compare.html', 'data.html', 'records.html', 'contract.html', 'tutorials/deploy.html')}
+    assert not [(name, a.get_text()) for name, soup in pages.items() for a in soup.select('.api td:first-child a')]
+    assert [a['href'] for a in pages['tutorials/deploy.html'].select('main a[href$="#calibrate"]')]    # what is public is linked still
+    assert not pages['contract.html'].select('main a[href="verbs.html#alone"]')
+
+
 def test_code_is_copied(tab):
     t = tab(permissions=['clipboard-read', 'clipboard-write'])
     t.goto('layers.html')
     box = t.locator('.copyable').filter(has=t.locator('pre.code')).first
     box.hover()
     box.locator('.copy').click()
-    assert t.evaluate('navigator.clipboard.readText()') == box.locator('pre').inner_text().rstrip('\n')
+    code = box.locator('pre').text_content().rstrip('\n')
+    assert t.evaluate('navigator.clipboard.readText()') == code and '\n' in code
+    box.locator('pre code').evaluate('e => getSelection().selectAllChildren(e)')
+    assert t.evaluate('getSelection().toString()') == code                              # selected with the mouse, too
     expect(t.locator('#_said')).to_have_text('Code copied')
     assert not t.wrong
 

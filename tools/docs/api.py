@@ -54,9 +54,9 @@ def in_table(text):
 
 def rows(described):
     "A Markdown table of parameters"
-    typed = any(a for _, a, _, _ in described)
-    head = ['Parameter', *(['Type'] if typed else []), 'Default', 'What it is']
-    body = [[code(n) if n != 'returns' else '**returns**', *([code(a) if a else ''] if typed else []), code(d) if d else '', in_table(t)] for n, a, d, t in described]
+    typed, optional = any(a for _, a, _, _ in described), any(d for _, _, d, _ in described)
+    head = ['Parameter', *['Type']*typed, *['Default']*optional, 'What it is']
+    body = [[code(n) if n != 'returns' else '**returns**', *[code(a) if a else '']*typed, *[code(d) if d else '']*optional, in_table(t)] for n, a, d, t in described]
     return '\n'.join(f'| {" | ".join(o)} |' for o in [head, ['---']*len(head), *body])
 
 
@@ -89,8 +89,8 @@ class ApiRenderer(BasicMarkdownRenderer):
         if isinstance(self.node, ast.FunctionDef) and any(ast.unparse(d) == 'property' for d in self.node.decorator_list): return self.nm
         back = f' -> {ast.unparse(self.node.returns)}' if getattr(self.node, 'returns', None) else ''
         short = f'{self.nm}({", ".join(args)}){back}'
-        if len(short) <= 84: return short
-        lines = wrap(', '.join(a.replace(' ', '\0') for a in args), 80, initial_indent='    ', subsequent_indent='    ', break_long_words=False, break_on_hyphens=False)
+        if len(short) <= 74: return short
+        lines = wrap(', '.join(a.replace(' ', '\0') for a in args), 72, initial_indent='    ', subsequent_indent='    ', break_long_words=False, break_on_hyphens=False)
         return '\n'.join([f'{self.nm}(', *(o.replace('\0', ' ') for o in lines), f'){back}'])
 
     def described(self):

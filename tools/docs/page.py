@@ -52,6 +52,7 @@ class Links:
         self.host = f'{cfg.doc_host}{cfg.doc_baseurl}'.rstrip('/')
         self.blob = re.compile(rf'^(?:{re.escape(cfg.git_url)})?/blob/{re.escape(cfg.branch)}/')
         self.files, self.ids = set(), {}
+        self.public = set(re.findall(r"'(\w+)'", re.search(r'__all__ = \[(.*?)\]', (ROOT/'fastai_ecg_pma'/'all.py').read_text(), re.S)[1]))
 
     def target(self, page, href):
         "`(address in the site, anchor)` of a link on a page, or None for a link that leads out"
@@ -76,7 +77,15 @@ class Links:
         while anchor and anchor not in known and '.' in anchor: anchor = anchor.rpartition('.')[0]
         return anchor if anchor in known else ''
 
+    def mistaken(self, page, a):
+        "Is it a link that nbdev made of any word which is also the name of some function: a parameter, or one word that is not public?"
+        name = a.get_text()
+        if not a.find('code') or not a.get('href', '').endswith(f'#{name.lower()}'): return False
+        if (cell := a.find_parent('td')) and a.find_parent(class_='api') and not cell.find_previous_sibling('td'): return True
+        return bool(re.fullmatch('[a-z]+', name)) and name not in self.public and (self.target(page, a['href']) or ('',))[0] != page.href
+
     def fix(self, page, a, attr='href'):
+        if attr == 'href' and self.mistaken(page, a): a.unwrap(); return
         found = self.target(page, a[attr])
         if not found: return
         target, anchor = found
@@ -91,19 +100,31 @@ def relative(page, target): return posixpath.relpath(target, posixpath.dirname(p
 def tag(soup, html): return BeautifulSoup(html, 'html.parser')
 
 
+def folding(html):
+    "Lines that fold below their own indent where the page is narrow; drawn tables stay as they are and scroll"
+    plain = lambda l: re.sub('<[^>]*>', '', l)
+    note = lambda l: l if '<span' in l else re.sub(r'(?<=  )#.*', r'<span class="note">\g<0></span>', l)
+    def line(l):
+        if re.search('[\u2500-\u257f]', l): return f'<span class="line drawn">{l}</span>'
+        return f'<span class="line" style="--in:{len(t := plain(l)) - len(t.lstrip(" ")) + 2}ch">{note(l)}</span>'
+    return ''.join(map(line, html.splitlines(keepends=True)))
+
+
 def colour(html):
     "Pygments' classes on every code block of a finished page"
     def one(m):
         name = next((c for c in m[1].split() if c not in ('code', 'signature')), 'text')
         try: lexer = get_lexer_by_name(name if name != 'output' else 'text')
         except ClassNotFound: return m[0]
-        return f'<pre class="{m[1]}"><code>{highlight(unescape(m[2]), lexer, HtmlFormatter(nowrap=True)).rstrip()}</code></pre>'
+        return f'<pre class="{m[1]}"><code>{folding(highlight(unescape(m[2]), lexer, HtmlFormatter(nowrap=True)).rstrip())}</code></pre>'
     return re.sub(r'<pre class="([^"]*)"><code>(.*?)</code></pre>', one, html, flags=re.S)
 
 
 def tables(soup):
     "Tables scroll in a box of their own and say which cells are headers"
     for style in soup.find_all('style', scoped=True): style.decompose()
+    for td in soup.select('.html-output td'):
+        if len(text := td.get_text(strip=True)) > 24 and ' ' in text: td['class'] = [*td.get('class', []), 'text']
     for t in soup.find_all('table'):
         for col in t.find_all('colgroup'): col.decompose()
         for a in ('border', 'style'): t.attrs.pop(a, None)
