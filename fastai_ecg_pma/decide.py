@@ -26,8 +26,9 @@ def predictor(
     model, valid = get_model(learn.model), len(learn.dls.valid.dataset)
     if valid: _check_batch_tfms(learn)
     task = task_of(learn.dls)[0] if valid else _task_by_loss(learn)
+    epochs = trained_epochs(learn)
     if score is None and valid and task != 'numbers': score = evaluate(learn)
-    return Predictor(model, prep, list(map(str, learn.vocab)), task, learn.aggregate, getattr(learn, 'calibration', None), getattr(learn, 'thresholds', None), {**_training(learn, score or None), **facts})
+    return Predictor(model, prep, list(map(str, learn.vocab)), task, learn.aggregate, getattr(learn, 'calibration', None), getattr(learn, 'thresholds', None), {**_training(learn, score or None, epochs), **facts})
 
 def _check_batch_tfms(learn):
     x = torch.as_tensor(np.asarray(learn.dls.valid.dataset[:4][0]))
@@ -40,20 +41,20 @@ def _task_by_loss(learn):
     name = type(learn.loss_func).__name__
     return 'labels' if 'BCE' in name else 'class' if 'CrossEntropy' in name else 'numbers'
 
-def _training(learn, score):
+def _training(learn, score, epochs):
     "What is known of the training, as JSON can hold it"
     protocol, dls = getattr(learn.dls, 'protocol', None), learn.dls
     patients = lambda i: None if (p := by_record(None, None, dls, i)[2]) is None else int(pd.Series(p).nunique())
     n = {f'{part}_{what}': f(i) for i,part in enumerate(('train', 'valid')) for what,f in dict(windows=lambda i: len(dls[i].dataset), patients=patients).items()} if len(dls.valid.dataset) else {}
-    epochs = trained_epochs(learn)
     return dict(score=score and asdict(score), protocol=protocol and protocol.as_dict(), protocol_hash=protocol and protocol.on('valid').hash, seed=getattr(learn, 'seed', None),
                 training={**n, 'epochs_of_last_fit': len(epochs) or None, 'last_epoch': {k: v for k,v in (epochs or [{}])[-1].items() if np.isfinite(v)}})
 
 def trained_epochs(learn):
-    "Losses and metrics of each epoch of the last fit; the rows that fastai's recorder keeps of later looks at the validation records have no training loss, and are none"
+    "Losses and metrics of each epoch of the last fit, as `Checkpoint` keeps them, or fastai's recorder until the next look at the validation records, which wipes its own; what is left then is no epoch"
     rec = getattr(learn, 'recorder', None)
     names = [n for n in getattr(rec, 'metric_names', [])[1:] if n != 'time']
-    return [dict(zip(names, map(float, v))) for v in getattr(rec, 'values', []) if len(v) == len(names)]
+    kept = [r[1:-1] for r in getattr(getattr(learn, 'checkpoint', None), 'rows', [])]
+    return [dict(zip(names, map(float, v))) for v in kept or getattr(rec, 'values', []) if len(v) == len(names)]
 
 # %% ../nbs/52_decide.ipynb #d49931ca
 def calibrate(

@@ -74,7 +74,9 @@ def check_run(
     if out.exists() and not out.is_dir(): raise ValueError(f'{out} is a file: name a folder for the results, out=…')
     there = out.exists() and sorted(p.name for p in out.iterdir())
     if there and not file.exists(): raise ValueError(f'{out} holds other files ({there[0]}, …): name a new or empty folder for the results, out=…')
-    if there and (odd := differing(_told(file), dict(verb=verb, **values), free)): raise OtherConfig(
+    odd = differing(_told(file), dict(verb=verb, **values), free) if there else {}
+    if 'verb' in odd: odd = dict(verb=odd['verb'])                  # keys differ then, too
+    if odd: raise OtherConfig(
         f'{out} holds another run: {"; ".join(f"{k} was {a!r} and is {b!r} now" for k,(a,b) in odd.items())}. Choose another folder, out=…, or remove this one')
     return bool(there)
 

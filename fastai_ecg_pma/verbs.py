@@ -170,9 +170,9 @@ def pretrain(
     arch = find_arch(model.keywords.get('arch'))
     dls = make_dls(data, getattr(arch, 'prep', None))
     if probe_every is not None and not getattr(dls, 'vocab', None): raise ValueError('probe_every needs labels: name a task (data.task), or label columns')
-    cbs = begin(out, 'pretrain', values, fit)
-    if probe_every is not None: cbs.append(probes := ProbeLayers(dls, probe_every))
-    learn = partial(model.func, **{**model.keywords, 'arch': arch})(dls, seed=seed, cbs=cbs)
+    learn = partial(model.func, **{**model.keywords, 'arch': arch})(dls, seed=seed)
+    if probe_every is not None: learn.add_cb(probes := ProbeLayers(dls, probe_every))
+    learn.add_cbs(begin(out, 'pretrain', values, fit))
     with training(learn, out, 'Pretraining'): learn.fit_one_cycle(fit.epochs, fit.lr, pct_start=fit.warmup)
     if not alone(): return {}
     out = Path(out)
@@ -207,7 +207,8 @@ def train(
     check_ends(dls, calibration, thresholds)
     pretrained = not (arch is None or is_class(arch)) or model.keywords.get('weights_path') is not None
     if frozen and not pretrained: raise ValueError('frozen=true leaves an untrained encoder as it is: name a pretrained one, model.arch')
-    learn = partial(model.func, **{**model.keywords, 'arch': arch})(dls, seed=seed, cbs=begin(out, 'train', values, fit))
+    learn = partial(model.func, **{**model.keywords, 'arch': arch})(dls, seed=seed)
+    learn.add_cbs(begin(out, 'train', values, fit))
     with training(learn, out, 'Training'):
         if pretrained and not frozen: learn.fine_tune(fit.epochs, fit.lr, freeze_epochs=freeze_epochs, pct_start=fit.warmup)
         else: learn.fit_one_cycle(fit.epochs, fit.lr, pct_start=fit.warmup)
