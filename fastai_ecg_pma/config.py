@@ -108,6 +108,7 @@ def check_value(key:Key, v, at:str):
     if key.kind in ('part', 'parts'): return _check_parts(key, v, at)
     if key.kind is None: return _check_plain(v, at)
     if key.kind is float and isinstance(v, int) and not isinstance(v, bool): v = float(v) if abs(v) < 2**53 else v
+    if key.kind is int and isinstance(v, int) and abs(v) >= 2**63: raise BadConfig(f'{at} is {str(v)[:30]}…: a whole number below 2^63 is expected')
     if not isinstance(v, key.kind) or isinstance(v, bool) and key.kind is not bool: raise BadConfig(f'{at} is {v!r}: {KINDS[key.kind]} is expected')
     return _check_plain(v, at)
 

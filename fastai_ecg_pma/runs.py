@@ -195,7 +195,13 @@ def _wandb(out, values):
     try: import wandb; from fastai.callback.wandb import WandbCallback
     except ImportError as e: raise ValueError(f'log asks for wandb, which is not installed ({e}): pip install wandb') from e
     if wandb.run is None: wandb.init(project='ecg-pma', name=Path(out).name, dir=str(out), config=values)
-    return WandbCallback(log=None, log_preds=False, log_model=False)
+    class Wandb(WandbCallback):
+        decides = False
+        def before_fit(self):
+            self.learn.gather_args = dict                   # it was told the configuration; over the learner's arguments it stumbles where one has slots
+            try: super().before_fit()
+            finally: del self.learn.gather_args
+    return Wandb(log=None, log_preds=False, log_model=False)
 
 # %% ../nbs/59_runs.ipynb #0b3b58f6
 class Terminated(KeyboardInterrupt): "By SIGTERM: the machine is wanted for something else"

@@ -317,10 +317,12 @@ def evaluate(
     "Score a saved model on labelled records: macro-AUROC with an interval by patients, each label, decisions"
     if out is not None: check_run(out, 'evaluate', values or {})
     p = load_pma(model)
+    if p.task == 'numbers': raise ValueError(f'{model} says numbers: evaluate scores labels and classes; `ecg-pma predict` writes what it says')
     table, col, vocab, about = data()(p)
     if out is not None: begin_run(out, 'evaluate', values or {})
+    y = targets(p, table, vocab)
     said = p.predict(table[col].tolist(), data.keywords['folder'])
-    y, ok = targets(p, table, vocab), (said.record.error == '').to_numpy()
+    ok = (said.record.error == '').to_numpy()
     if not ok.any(): raise ValueError(f'none of the {len(said)} records can be used; the first: {said.record.error.iloc[0]}')
     patients = table.patient_id.to_numpy()[ok] if 'patient_id' in table else None
     protocol = Protocol(**about, scored='test', records=dict(test=records_hash(table[col].astype(str)[ok], [[l for l,v in zip(p.labels, row) if v] for row in y[ok]])), aggregate=p.aggregate, prep=p.prep)
@@ -346,6 +348,7 @@ def targets(p, table, vocab):
         names = table[vocab].astype(str).tolist()
         if odd := sorted(set(names) - set(p.labels)): raise ValueError(f'column {vocab!r} holds {odd[0]!r}, which is none of the model\'s classes: {", ".join(p.labels)}')
         return one_hot(torch.tensor([p.labels.index(v) for v in names]), len(p.labels))
+    if not len(vocab): raise ValueError(f'the table has no column of a label of the model: {", ".join(p.labels)}' + ('. For one class a record, data.label_col names its column' if p.task == 'class' else ''))
     if gone := [l for l in p.labels if l not in vocab]: raise ValueError(f'these records have no label {gone[0]!r}: the model says {", ".join(p.labels)}, they have {", ".join(vocab)}')
     return label_matrix(table, p.labels).astype(int)
 
