@@ -8,6 +8,7 @@ __all__ = ['MAX_CONFIG', 'KINDS', 'BadConfig', 'Loader', 'read_yaml', 'read_conf
 
 # %% ../nbs/69_config.ipynb #f3bdf274
 import inspect, math, re, yaml
+from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, is_dataclass
 from fastcore.docments import docments
@@ -29,7 +30,7 @@ class Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(k, deep=True) for k,_ in node.value]
         if odd := [k for k in keys if not isinstance(k, str)]: raise BadConfig(f'the key {odd[0]!r} is no text')
-        if twice := [k for k in keys if keys.count(k) > 1]: raise BadConfig(f'the key {twice[0]!r} stands twice')
+        if twice := [k for k,n in Counter(keys).items() if n > 1]: raise BadConfig(f'the key {twice[0]!r} stands twice')
         return super().construct_mapping(node, deep)
 
 for tag,pattern,first in (('null', r'~|null|Null|NULL|', ['~', 'n', 'N', '']), ('bool', r'true|True|TRUE|false|False|FALSE', [*'tTfF']), ('int', r'[-+]?(0|[1-9][0-9]*)', [*'-+0123456789']),
@@ -107,6 +108,7 @@ def check_value(key:Key, v, at:str):
     if key.kind in ('part', 'parts'): return _check_parts(key, v, at)
     if key.kind is None: return _check_plain(v, at)
     if key.kind is float and isinstance(v, int) and not isinstance(v, bool): v = float(v) if abs(v) < 2**53 else v
+    if key.kind is int and isinstance(v, int) and abs(v) >= 2**63: raise BadConfig(f'{at} is {str(v)[:30]}…: a whole number below 2^63 is expected')
     if not isinstance(v, key.kind) or isinstance(v, bool) and key.kind is not bool: raise BadConfig(f'{at} is {v!r}: {KINDS[key.kind]} is expected')
     return _check_plain(v, at)
 
@@ -122,7 +124,7 @@ def _check_parts(key, v, at):
 
 def from_shell(key:Key, text:str, at:str):
     "The value that a text of a command line means"
-    if key.kind in (str, 'part'): return None if text in ('', 'null') and key.none else text
+    if key.kind in (str, 'part'): return None if text in ('', 'null') else text
     if text in ('', 'null', '~'): return None
     if key.kind is list and not text.lstrip().startswith('['): text = f'[{text}]'
     return read_yaml(text, at)
@@ -208,7 +210,7 @@ def _lay(args, values, d, at):
     "Lay `d` over `values`, checked"
     path = lambda k: f'{at}.{k}'.lstrip('.')
     if 'source' in d and 'source' in values:
-        if d['source'] not in args.funcs: raise BadConfig(f'{path("source")} is {d["source"]!r}{nearest(d["source"], args.funcs)}; there are {", ".join(args.funcs)}')
+        if not isinstance(d['source'], str) or d['source'] not in args.funcs: raise BadConfig(f'{path("source")} is {d["source"]!r}{nearest(d["source"], args.funcs)}; there are {", ".join(args.funcs)}')
         if d['source'] != values['source']: _change_source(args, values, d['source'])
     keys = args.keys(values.get('source'))
     for k,v in d.items():

@@ -15,8 +15,8 @@ from datetime import date
 from functools import partial
 from pathlib import Path
 from rich.console import Group
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from scipy.ndimage import uniform_filter1d
 from .headers import _BYTES, MAX_HEADER, BadRecord, opened, record_stem
 from .leads import LEADS, lead_name
@@ -246,5 +246,5 @@ def _listing(rows, verdict, most):
 
 def _table(title, columns, rows):
     t = Table(*columns, title=title, title_justify='left')
-    for r in rows: t.add_row(*(escape(str(v).encode('unicode_escape').decode() if not str(v).isprintable() else str(v)) for v in r))
+    for r in rows: t.add_row(*(Text(str(v).encode('unicode_escape').decode() if not str(v).isprintable() else str(v)) for v in r))
     return t

@@ -26,7 +26,7 @@ class TerminalView:
     "Bars of rich, drawn by whoever tells them something: a thread that draws would be there when workers are forked. `head` is shown above them"
     def __init__(self, console=None, every:float=.1):
         self.console, self.every, self.head, self.n, self.at = console or Console(stderr=True), every, None, 0, 0
-        self.bars = Progress(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn(), console=self.console, auto_refresh=False)
+        self.bars = Progress(TextColumn('{task.description}', markup=False), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn(), console=self.console, auto_refresh=False)
         self.live = None
 
     def open(self):

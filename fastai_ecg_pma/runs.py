@@ -27,7 +27,7 @@ _CONSOLE = ContextVar('console', default=None)
 
 def console() -> Console:
     "Where to print: the one that is set, else a new one; lines are wide where they go into a file"
-    return _CONSOLE.get() or Console(width=None if sys.stdout.isatty() else 160)
+    return _CONSOLE.get() or Console(width=None if sys.stdout.isatty() else 160, markup=False)
 
 @contextmanager
 def printing_to(c:Console):
@@ -59,7 +59,7 @@ def git_state(folder='.') -> dict:
     return None if commit.returncode else dict(commit=commit.stdout.strip(), changed=bool(changes.stdout.strip()))
 
 # %% ../nbs/59_runs.ipynb #d7e04fd7
-FREE = ('out', 'every', 'log', 'n_workers', 'progress', 'keep')          # settings that change nothing that is trained
+FREE = ('out', 'every', 'log', 'n_workers', 'progress', 'keep', 'calibration', 'thresholds')          # settings that change nothing that is trained
 
 class OtherConfig(ValueError): "The folder holds a run that was told something else"
 
@@ -74,9 +74,17 @@ def check_run(
     if out.exists() and not out.is_dir(): raise ValueError(f'{out} is a file: name a folder for the results, out=…')
     there = out.exists() and sorted(p.name for p in out.iterdir())
     if there and not file.exists(): raise ValueError(f'{out} holds other files ({there[0]}, …): name a new or empty folder for the results, out=…')
-    if there and (odd := differing(yaml.safe_load(file.read_text()), dict(verb=verb, **values), free)): raise OtherConfig(
+    odd = differing(_told(file), dict(verb=verb, **values), free) if there else {}
+    if 'verb' in odd: odd = dict(verb=odd['verb'])                  # keys differ then, too
+    if odd: raise OtherConfig(
         f'{out} holds another run: {"; ".join(f"{k} was {a!r} and is {b!r} now" for k,(a,b) in odd.items())}. Choose another folder, out=…, or remove this one')
     return bool(there)
+
+def _told(file):
+    try: told = yaml.safe_load(file.read_text(encoding='utf-8'))
+    except (yaml.YAMLError, UnicodeDecodeError): told = None
+    if not isinstance(told, dict): raise ValueError(f'{file} is damaged: choose another folder, out=…')
+    return told
 
 def run_facts() -> dict:
     "Where, when, by what command and with what this process runs"
@@ -91,9 +99,9 @@ def begin_run(out, verb:str, values:dict, free=FREE) -> bool:
     return again
 
 def differing(old:dict, new:dict, free=()) -> dict:
-    "`{key: (old, new)}` where two nested mappings differ, but for keys that end in one of `free`"
+    "`{key: (old, new)}` where two nested mappings differ, but for keys that are one of `free`, or inside one"
     a, b = _flat(old), _flat(new)
-    return {k: (a.get(k), b.get(k)) for k in [*a, *(k for k in b if k not in a)] if a.get(k) != b.get(k) and k.split('.')[-1] not in free}
+    return {k: (a.get(k), b.get(k)) for k in [*a, *(k for k in b if k not in a)] if a.get(k) != b.get(k) and not set(k.split('.')) & set(free)}
 
 def _flat(d, at=''):
     out = {}
@@ -187,7 +195,13 @@ def _wandb(out, values):
     try: import wandb; from fastai.callback.wandb import WandbCallback
     except ImportError as e: raise ValueError(f'log asks for wandb, which is not installed ({e}): pip install wandb') from e
     if wandb.run is None: wandb.init(project='ecg-pma', name=Path(out).name, dir=str(out), config=values)
-    return WandbCallback(log=None, log_preds=False, log_model=False)
+    class Wandb(WandbCallback):
+        decides = False
+        def before_fit(self):
+            self.learn.gather_args = dict                   # it was told the configuration; over the learner's arguments it stumbles where one has slots
+            try: super().before_fit()
+            finally: del self.learn.gather_args
+    return Wandb(log=None, log_preds=False, log_model=False)
 
 # %% ../nbs/59_runs.ipynb #0b3b58f6
 class Terminated(KeyboardInterrupt): "By SIGTERM: the machine is wanted for something else"

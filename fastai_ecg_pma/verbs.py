@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SOURCES', 'DATA', 'LEARNER', 'PRECISIONS', 'LABELLED', 'Fit', 'make_dls', 'begin', 'say_records', 'find_arch',
            'alone', 'several', 'training', 'finish', 'plain_json', 'save_figure', 'show_table', 'cell', 'pretrain',
-           'last_metrics', 'train', 'keep_model', 'probe', 'compare', 'ptbxl_labelled', 'wfdb_labelled', 'evaluate',
-           'each_label', 'targets', 'say_bad', 'flat', 'predict', 'below', 'doctor', 'cache', 'cached_paths', 'import_',
-           'export', 'named_prep']
+           'last_metrics', 'train', 'check_ends', 'keep_model', 'probe', 'compare', 'ptbxl_labelled', 'wfdb_labelled',
+           'evaluate', 'each_label', 'targets', 'say_bad', 'flat', 'predict', 'check_file', 'below', 'doctor', 'cache',
+           'cached_paths', 'import_', 'export', 'named_prep']
 
 # %% ../nbs/71_verbs.ipynb #488c63dd
 import json, math, os
@@ -26,7 +26,7 @@ from .checkpoint import Checkpoint
 from .compare import READOUTS, compare_readouts
 from .config import Args, read_config
 from .data import label_matrix, wfdb_dls
-from .decide import calibrate, decide
+from .decide import calibrate, decide, trained_epochs
 from .doctor import check_records, list_records, report
 from .encoder import encoder_stack, is_class
 from .export import export_onnx, export_program
@@ -34,7 +34,7 @@ from .files import write_text
 from .gates import gate_report
 from .gate import PMA
 from .intervals import score
-from .learner import evaluate as evaluate_learner, pma_learner, pretrain_learner, readout_learner
+from .learner import evaluate as evaluate_learner, pma_learner, pretrain_learner, readout_learner, task_of
 from .mae import MAE
 from .metrics import class_table, one_hot
 from .mitbih import mitbih_dls
@@ -48,7 +48,7 @@ from .runs import begin_run, check_run, console, loggers, run_facts, showing, st
 from .saved import load_pma, save_pma
 from .scale import Accumulate, Autocast
 from .stmem import load_original_pma, save_stmem
-from .thresholds import threshold_table
+from .thresholds import choose_thresholds, threshold_table
 from .weights import load_encoder, save_encoder
 
 # %% ../nbs/71_verbs.ipynb #09b91989
@@ -170,9 +170,9 @@ def pretrain(
     arch = find_arch(model.keywords.get('arch'))
     dls = make_dls(data, getattr(arch, 'prep', None))
     if probe_every is not None and not getattr(dls, 'vocab', None): raise ValueError('probe_every needs labels: name a task (data.task), or label columns')
-    cbs = begin(out, 'pretrain', values, fit)
-    if probe_every is not None: cbs.append(probes := ProbeLayers(dls, probe_every))
-    learn = partial(model.func, **{**model.keywords, 'arch': arch})(dls, seed=seed, cbs=cbs)
+    learn = partial(model.func, **{**model.keywords, 'arch': arch})(dls, seed=seed)
+    if probe_every is not None: learn.add_cb(probes := ProbeLayers(dls, probe_every))
+    learn.add_cbs(begin(out, 'pretrain', values, fit))
     with training(learn, out, 'Pretraining'): learn.fit_one_cycle(fit.epochs, fit.lr, pct_start=fit.warmup)
     if not alone(): return {}
     out = Path(out)
@@ -186,8 +186,7 @@ def pretrain(
 
 def last_metrics(learn):
     "Losses and metrics of the last epoch"
-    values = learn.recorder.values
-    return dict(zip([n for n in learn.recorder.metric_names[1:] if n != 'time'], map(float, values[-1]))) if len(values) else {}
+    return (trained_epochs(learn) or [{}])[-1]
 
 # %% ../nbs/71_verbs.ipynb #c9caa69d
 def train(
@@ -205,13 +204,24 @@ def train(
     if check_run(out, 'train', values or {}): console().print(f'{out} holds this run: it goes on')
     arch = find_arch(model.keywords.get('arch'))
     dls = make_dls(data, getattr(arch, 'prep', None))
+    check_ends(dls, calibration, thresholds)
     pretrained = not (arch is None or is_class(arch)) or model.keywords.get('weights_path') is not None
     if frozen and not pretrained: raise ValueError('frozen=true leaves an untrained encoder as it is: name a pretrained one, model.arch')
-    learn = partial(model.func, **{**model.keywords, 'arch': arch})(dls, seed=seed, cbs=begin(out, 'train', values, fit))
+    learn = partial(model.func, **{**model.keywords, 'arch': arch})(dls, seed=seed)
+    learn.add_cbs(begin(out, 'train', values, fit))
     with training(learn, out, 'Training'):
         if pretrained and not frozen: learn.fine_tune(fit.epochs, fit.lr, freeze_epochs=freeze_epochs, pct_start=fit.warmup)
         else: learn.fit_one_cycle(fit.epochs, fit.lr, pct_start=fit.warmup)
     return keep_model(learn, Path(out), calibration, thresholds) if alone() else {}
+
+def check_ends(dls, calibration, thresholds):
+    "Say before hours of training what would fail after them"
+    one_class, known = task_of(dls)[0] == 'class', ('platt', 'temperature', 'isotonic')
+    if calibration not in (None, *known): raise ValueError(f'calibration is {calibration!r}: one of {", ".join(known)}, or null')
+    if one_class and calibration not in (None, 'temperature'): raise ValueError(f'calibration is {calibration!r}, and these records have one class each: calibration=temperature, or null')
+    if one_class and thresholds: raise ValueError(f'thresholds is {thresholds}, and these records have one class each: the likeliest is taken, thresholds=null')
+    try: thresholds and choose_thresholds(np.array([[.2], [.8]]), np.array([[0], [1]]), **thresholds)
+    except (TypeError, ValueError): raise ValueError(f'thresholds is {thresholds}: one of {{sensitivity: 0.9}}, {{specificity: 0.95}}, {{f1: true}} is expected') from None
 
 def keep_model(learn, out, calibration, thresholds):
     "Calibrate, decide, save and score a trained learner"
@@ -219,7 +229,9 @@ def keep_model(learn, out, calibration, thresholds):
         save_pma(learn, out/'model')
         return finish(out, dict(model=str(out/'model'), **last_metrics(learn)))
     s = evaluate_learner(learn)
-    if calibration is not None: show_table(calibrate(learn, calibration).reset_index(), f'Calibration ({calibration}), on the validation records')
+    try: table = None if calibration is None else calibrate(learn, calibration)
+    except ValueError as e: raise ValueError(f'it is trained, but cannot be calibrated: {e}. The same command with calibration=null goes on from here, and leaves the probabilities as they are') from e
+    if table is not None: show_table(table.reset_index(), f'Calibration ({calibration}), on the validation records')
     if thresholds: show_table(decide(learn, **thresholds).reset_index()[['label', 'threshold', 'n_pos', 'sensitivity', 'specificity', 'ppv', 'npv', 'f1']], 'Thresholds, on the validation records')
     save_pma(learn, out/'model', score=s)
     gate = gate_report(learn).to_dict() if isinstance(learn.model.head.fuse, PMA) and type(learn.model.head.fuse) is PMA else None
@@ -305,10 +317,12 @@ def evaluate(
     "Score a saved model on labelled records: macro-AUROC with an interval by patients, each label, decisions"
     if out is not None: check_run(out, 'evaluate', values or {})
     p = load_pma(model)
+    if p.task == 'numbers': raise ValueError(f'{model} says numbers: evaluate scores labels and classes; `ecg-pma predict` writes what it says')
     table, col, vocab, about = data()(p)
     if out is not None: begin_run(out, 'evaluate', values or {})
+    y = targets(p, table, vocab)
     said = p.predict(table[col].tolist(), data.keywords['folder'])
-    y, ok = targets(p, table, vocab), (said.record.error == '').to_numpy()
+    ok = (said.record.error == '').to_numpy()
     if not ok.any(): raise ValueError(f'none of the {len(said)} records can be used; the first: {said.record.error.iloc[0]}')
     patients = table.patient_id.to_numpy()[ok] if 'patient_id' in table else None
     protocol = Protocol(**about, scored='test', records=dict(test=records_hash(table[col].astype(str)[ok], [[l for l,v in zip(p.labels, row) if v] for row in y[ok]])), aggregate=p.aggregate, prep=p.prep)
@@ -334,6 +348,7 @@ def targets(p, table, vocab):
         names = table[vocab].astype(str).tolist()
         if odd := sorted(set(names) - set(p.labels)): raise ValueError(f'column {vocab!r} holds {odd[0]!r}, which is none of the model\'s classes: {", ".join(p.labels)}')
         return one_hot(torch.tensor([p.labels.index(v) for v in names]), len(p.labels))
+    if not len(vocab): raise ValueError(f'the table has no column of a label of the model: {", ".join(p.labels)}' + ('. For one class a record, data.label_col names its column' if p.task == 'class' else ''))
     if gone := [l for l in p.labels if l not in vocab]: raise ValueError(f'these records have no label {gone[0]!r}: the model says {", ".join(p.labels)}, they have {", ".join(vocab)}')
     return label_matrix(table, p.labels).astype(int)
 
@@ -359,6 +374,7 @@ def predict(
     out:str=None, # A csv file for what it says; what it was made by is written to the same name with .yaml
     values:dict=None):
     "What a model says of records: probabilities, decisions, the gate's weights, and what is odd"
+    check_file(out, '.yaml')
     p = load_pma(model)
     if (table is None) == (not records): raise ValueError('name the records, or a table of them')
     at = Path(folder) if folder else Path()
@@ -371,11 +387,17 @@ def predict(
     if len(paths) != 1 or table: show_table(flat(said)[['record', *(f'probability.{l}' for l in p.labels), 'warnings', 'error']])
     if out is not None:
         flat(said).to_csv(out, index=False)
-        write_text(Path(out).with_suffix('.yaml'), yaml.safe_dump(dict(verb='predict', told=values, **run_facts()), sort_keys=False, allow_unicode=True))
+        write_text(Path(out).with_suffix('.yaml'), yaml.safe_dump(dict(verb='predict', **(values or {}), run=run_facts()), sort_keys=False, allow_unicode=True))
     return finish(None, dict(predictions=flat(said), bad=[dict(record=str(k), reason=v) for k,v in said.record.error.items() if v]))
+
+def check_file(out, but=''):
+    "`ValueError` for a file that cannot be written, before the work whose result it is to hold"
+    if out is None: return
+    if (p := Path(out)).is_dir() or p.suffix == but or not p.absolute().parent.is_dir(): raise ValueError(f'out is {str(out)!r}: name a file in a folder that is there' + (f', and no {but}' if p.suffix == but else ''))
 
 def below(at, name):
     "A record, or the records in a folder and below, relative to `at`"
+    name = str(name)                                # YAML reads 100 as a number
     if not (at/name).is_dir(): return [name.removesuffix('.hea')]
     found = [(Path(name)/f.relative_to(at/name)).with_suffix('').as_posix() for f in list_records(at/name)[0]]
     if not found: raise ValueError(f'no record in {at/name}: it holds no WFDB header (.hea)')
@@ -389,6 +411,7 @@ def doctor(
     most:int=20, # Lines for bad and for odd records
     n_workers:int=2): # Processes that read
     "A verdict on each record of a folder: good, odd or bad, and why"
+    check_file(out)
     checks = check_records(folder, named_prep(prep), n_workers)
     if out: checks.to_csv(out, index=False)
     console().print(report(checks, most))
@@ -443,6 +466,7 @@ def export(
     "A model for those who have neither fastai nor this package"
     how = dict(zip(('.onnx', '.pt2', '.pth'), (export_onnx, export_program, save_stmem)))
     if (suffix := Path(out).suffix) not in how: raise ValueError(f'{out}: the ending says what is written: {", ".join(how)}')
+    check_file(out)
     file = save_stmem(load_encoder(model), out) if suffix == '.pth' else how[suffix](load_pma(model), out, check)
     console().print(f'{file}: {Path(file).stat().st_size/1e6:.1f} MB')
     return dict(file=str(file), bytes=Path(file).stat().st_size)

@@ -225,6 +225,13 @@ def test_wrong_usage_of_each_verb(tmp_path, here):
     assert not list(tmp_path.iterdir())
 
 
+def test_names_that_look_like_markup(home, here):
+    r = here('pretrain', 'ecgs', 'epochs=1', 'bs=32', 'out=[/b]', cwd=home)
+    assert r.returncode == 0 and 'The encoder is in [/b]/encoder' in r.stdout, r.stderr
+    last = pd.read_csv(home/'[/b]'/'log.csv').iloc[-1]
+    assert abs(json.loads((home/'[/b]'/'result.json').read_text())['valid_loss'] - last.valid_loss) < 1e-6
+
+
 @pytest.mark.parametrize('args,says', [
     (['demo', '--data', 'nowhere'], 'no such folder'),
     (['demo', '--data', '{home}/ecgs', '--task', 'super'], 'choose one of'),
@@ -235,6 +242,10 @@ def test_wrong_usage_of_each_verb(tmp_path, here):
     (['pretrain', '{home}/ecgs', 'precision=float8'], 'one of float32'),
     (['pretrain', '{home}/ecgs', 'probe_every=1'], 'needs labels'),
     (['pretrain', '{home}/ecgs', 'log=[tensorbord]'], "log has 'tensorbord'"),
+    (['train', '{home}/ecgs', 'thresholds={{sensitivty: 0.9}}'], 'one of {sensitivity: 0.9}'),
+    (['train', '{home}/ecgs', 'calibration=plat'], "calibration is 'plat'"),
+    (['pretrain', '{home}/ecgs', 'ps=7'], '7'),
+    (['doctor', '{home}/ecgs', 'out=none/x.csv'], 'name a file in a folder'),
     (['train', '{home}/ecgs', 'arch=no/where'], 'no encoder at no/where'),
     (['train', '{home}/ecgs', 'arch=TSTplus'], 'TSTplus'),
     (['train', '{home}/ecgs', 'frozen=true'], 'name a pretrained one'),
