@@ -223,7 +223,7 @@ def test_a_parameter_is_no_link(site):
     pages = {n: BeautifulSoup((site/n).read_text(), 'html.parser') for n in ('compare.html', 'data.html', 'records.html', 'contract.html', 'tutorials/deploy.html')}
     assert not [(name, a.get_text()) for name, soup in pages.items() for a in soup.select('.api td:first-child a')]
     assert [a['href'] for a in pages['tutorials/deploy.html'].select('main a[href$="#calibrate"]')]    # what is public is linked still
-    assert not pages['contract.html'].select('main a[href="verbs.html#alone"]')
+    assert not pages['contract.html'].select('main a[href="trainings.html#alone"]')
 
 
 def test_code_is_copied(tab):
