@@ -178,3 +178,13 @@ def test_title_cells_hold_title_and_subtitle_alone(root):
     for p in (root/'nbs').rglob('*.ipynb'):
         title, *more = [l for l in ''.join(json.loads(p.read_text())['cells'][0]['source']).splitlines() if l.strip()]
         assert title.startswith('# ') and more and all(l.startswith('> ') for l in more), p.name
+
+
+def test_definitions_stand_below_a_heading(root):
+    "On the page a definition is a heading of the third order: one of the second comes first"
+    for p in (root/'nbs').glob('[0-9]*.ipynb'):
+        below = False
+        for c in json.loads(p.read_text())['cells']:
+            s = ''.join(c['source'])
+            below = below or c['cell_type'] == 'markdown' and re.search(r'^## ', s, re.M) is not None
+            assert below or not (s.startswith('#| export') and re.search(r'^(def|class) [a-zA-Z]', s, re.M)), p.name
