@@ -153,8 +153,8 @@ def test_demo_goes_through_with_a_bad_record_among_good_ones(home, tmp_path):
     assert 'Traceback' not in r.stderr and r.stderr.count('\n') == r.stderr.count('warning: '), r.stderr
 
 
-def test_quiet_is_quiet(home, encoder, here):
-    r = here('pretrain', '--config', 'pre/config.yaml', '--quiet', cwd=home)          # finished already
+def test_quiet_is_quiet(home, encoder):
+    r = ecg_pma('pretrain', '--config', 'pre/config.yaml', '--quiet', cwd=home)          # finished already
     assert (r.returncode, r.stdout) == (0, '') and r.stderr.startswith('warning: 1 of ') and r.stderr.count('\n') == 1
 
 
