@@ -1676,6 +1676,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'fastai_ecg_pma.trainings.last_metrics': ( 'trainings.html#last_metrics',
                                                                                      'fastai_ecg_pma/trainings.py'),
                                           'fastai_ecg_pma.trainings.make_dls': ('trainings.html#make_dls', 'fastai_ecg_pma/trainings.py'),
+                                          'fastai_ecg_pma.trainings.prepare': ('trainings.html#prepare', 'fastai_ecg_pma/trainings.py'),
                                           'fastai_ecg_pma.trainings.pretrain': ('trainings.html#pretrain', 'fastai_ecg_pma/trainings.py'),
                                           'fastai_ecg_pma.trainings.say_records': ( 'trainings.html#say_records',
                                                                                     'fastai_ecg_pma/trainings.py'),

@@ -52,7 +52,7 @@ def wfdb_labelled(
         if fold_col is not None: t = t[t[fold_col].isin(list(fold))]
         if not len(t): raise ValueError(f'{table} has no row with {fold_col} in {list(fold)}')
         return t, path_col, label_col or [l for l in p.labels if l in t], dict(data='WFDB folder', task=', '.join(p.labels), **(dict(test_folds=tuple(fold)) if fold else {}))
-    return lambda p: records(p)
+    return records
 
 LABELLED = dict(ptbxl=ptbxl_labelled, wfdb=wfdb_labelled)
 
