@@ -20,7 +20,9 @@ def server(folder, port=0): return ThreadingHTTPServer(('127.0.0.1', port), part
 
 
 def serve(folder, port):
-    with server(folder, port) as s:
+    try: s = server(folder, port)
+    except OSError: s = server(folder)                                  # the port is taken: a free one
+    with s:
         print(f'http://localhost:{s.server_port}/ (Ctrl-C ends it)', flush=True)
         try: s.serve_forever()
         except KeyboardInterrupt: print()
