@@ -7,7 +7,7 @@ __all__ = ['Concat', 'Fuse', 'GroupMeans', 'Last', 'LastMean', 'Layer', 'OwnNorm
            'SignedStatic', 'Static', 'class_head', 'linear_head', 'mlp_head', 'AttentionPool', 'Attentive',
            'attention_maps', 'attention_stats', 'plot_attention', 'Attribution', 'attribute', 'drop_leads',
            'gradient_input', 'integrated_gradients', 'occlusion', 'plot_drops', 'BaselineWander', 'LeadCutMix',
-           'LeadDropout', 'LeadMixUp', 'Noise', 'Powerline', 'Scale', 'Shift', 'TimeMask', 'show_augment',
+           'LeadDropout', 'LeadMixUp', 'Noise', 'Powerline', 'Scale', 'Shift', 'Stretch', 'TimeMask', 'show_augment',
            'find_blocks', 'EcgCache', 'RecordsSetAside', 'StaleCache', 'cache_ecg', 'Calibration', 'FewPositives',
            'NotCalibrated', 'calibration_table', 'cross_calibrated', 'fit_calibration', 'plot_reliability',
            'reliability', 'ChallengeScore', 'challenge_score', 'challenge_scores', 'challenge_weights',
@@ -44,7 +44,7 @@ from .aggregate import Concat, Fuse, GroupMeans, Last, LastMean, Layer, OwnNorm,
 from .attend import AttentionPool, Attentive
 from .attention import attention_maps, attention_stats, plot_attention
 from .attribution import Attribution, attribute, drop_leads, gradient_input, integrated_gradients, occlusion, plot_drops
-from .augment import BaselineWander, LeadCutMix, LeadDropout, LeadMixUp, Noise, Powerline, Scale, Shift, TimeMask, show_augment
+from .augment import BaselineWander, LeadCutMix, LeadDropout, LeadMixUp, Noise, Powerline, Scale, Shift, Stretch, TimeMask, show_augment
 from .blocks import find_blocks
 from .cache import EcgCache, RecordsSetAside, StaleCache, cache_ecg
 from .calibrate import Calibration, FewPositives, NotCalibrated, calibration_table, cross_calibrated, fit_calibration, plot_reliability, reliability
@@ -66,6 +66,7 @@ from .gates import ConstantGate, drop_layers, effective_layers, gate_by_class, g
 from .geometry import cka_matrix, effective_rank, layer_cka, layer_geometry, linear_cka, plot_cka, plot_coefficients, plot_geometry, update_coefficients
 from .headers import BadRecord, read_header
 from .hidden import hidden_r2
+from .hybrid import EcgHybrid, HybridEncoder
 from .intervals import Difference, Score, compare, compare_classes, delong, holm, patient_counts, score, score_classes
 from .layers import LayerStack, class_token, mean_leads, mean_tokens
 from .leads import LEADS, PMA_LEADS, derive_leads, lead_name
@@ -101,7 +102,7 @@ from .windows import EcgArray, windows_table
 _all_ = ['Concat', 'Fuse', 'GroupMeans', 'Last', 'LastMean', 'Layer', 'OwnNorm', 'PlainNorm', 'PPA', 'SharedNorm', 'SignedStatic', 'Static', 'class_head',
          'linear_head', 'mlp_head', 'AttentionPool', 'Attentive', 'attention_maps', 'attention_stats', 'plot_attention', 'Attribution', 'attribute', 'drop_leads',
          'gradient_input', 'integrated_gradients', 'occlusion', 'plot_drops', 'BaselineWander', 'LeadCutMix', 'LeadDropout', 'LeadMixUp', 'Noise', 'Powerline',
-         'Scale', 'Shift', 'TimeMask', 'show_augment', 'find_blocks', 'EcgCache', 'RecordsSetAside', 'StaleCache', 'cache_ecg', 'Calibration', 'FewPositives',
+         'Scale', 'Shift', 'Stretch', 'TimeMask', 'show_augment', 'find_blocks', 'EcgCache', 'RecordsSetAside', 'StaleCache', 'cache_ecg', 'Calibration', 'FewPositives',
          'NotCalibrated', 'calibration_table', 'cross_calibrated', 'fit_calibration', 'plot_reliability', 'reliability', 'ChallengeScore', 'challenge_score',
          'challenge_scores', 'challenge_weights', 'challenge_classes', 'challenge_dls', 'challenge_labels', 'challenge_table', 'cinc2017_dls', 'cinc2017_table',
          'ludb_labels', 'ludb_table', 'where', 'Checkpoint', 'checkpoints', 'load_best', 'Comparison', 'MORE_READOUTS', 'PMA_DEFAULT', 'READOUTS',

@@ -38,19 +38,20 @@ def tokens_of_patches(
 class MaskedModel(nn.Module):
     "`x` `[bs,n_leads,seq_len]` and `mask` `[bs,n_leads,n_patches]` (`True` = hidden) -> every patch rebuilt, `[bs,n_leads,n_patches,ps]`"
     def __init__(self,
-        encoder, # Any Transformer whose tokens are patches in time
+        encoder, # Any Transformer whose tokens are patches in time; or one that says how many samples a token stands for, `samples_per_token`
         x, # Example batch, or its shape `(n_leads, seq_len)`
-        ps:int=None, # Samples a patch; None: as many as a token of the encoder
+        ps:int=None, # Samples a patch; None: as many as a token of the encoder, or a few tokens where that does not divide the record
         fuse=Last, # What is rebuilt from, a `Fuse` called with `n_layers` and `d`: `Last`, `PPA` (as IPASTMEM) …
     ):
         super().__init__()
         self.stack = LayerStack(encoder, x, layers=1 if fuse is Last else None, pool=None, normed=True)
         self.fuse = fuse(self.stack.n_layers, self.stack.d)
         self.n_leads, n = x[-2:] if isinstance(x, (tuple,list)) else x.shape[-2:]
-        self.ps = ps or _patch_size(self.stack, n)
+        self.per_token = getattr(encoder, 'samples_per_token', None)
+        self.ps = ps or (_next_divisor(n, 2*self.per_token) if self.per_token else _patch_size(self.stack, n))
         p = next(encoder.parameters())
-        self.register_buffer('sees', tokens_of_patches(self.stack, torch.randn(1, self.n_leads, n, device=p.device, dtype=p.dtype), self.ps), persistent=False)
-        self.out = nn.Linear(fused_width(self.fuse), self.ps if self.stack.has_leads else self.ps*self.n_leads).to(p.device, p.dtype)
+        if not self.per_token: self.register_buffer('sees', tokens_of_patches(self.stack, torch.randn(1, self.n_leads, n, device=p.device, dtype=p.dtype), self.ps), persistent=False)
+        self.out = nn.Linear(fused_width(self.fuse), (self.per_token or self.ps)*(1 if self.stack.has_leads else self.n_leads)).to(p.device, p.dtype)
 
     @property
     def encoder(self): return self.stack.encoder
@@ -60,8 +61,16 @@ class MaskedModel(nn.Module):
     def forward(self, x, mask):
         hidden = mask.repeat_interleave(self.ps, -1)
         patches,_ = self.stack.split(self.fuse(self.stack(x.masked_fill(hidden, 0))))
+        if self.per_token: return self.in_place(self.out(patches), x.shape[-1])
         y = self.out(self.sees @ patches)                           # [bs,n_leads,n_patches,ps], or [bs,1,n_patches,n_leads*ps]
         return y if self.stack.has_leads else y[:,0].unflatten(-1, (self.n_leads, self.ps)).transpose(1,2)
+
+    def in_place(self, y, seq_len):
+        "What each token rebuilt of its own samples, one token after another: `[bs,n_leads,n_tokens,per_token]`, or `[bs,1,n_tokens,n_leads*per_token]` -> patches"
+        if not self.stack.has_leads: y = y[:,0].unflatten(-1, (self.n_leads, self.per_token)).transpose(1,2)
+        return patchify(y.flatten(2)[...,:seq_len], self.ps)
+
+def _next_divisor(n, least): return next(i for i in range(min(least, n), n+1) if n % i == 0)
 
 def _patch_size(stack, seq_len):
     "Samples a token, also where a model adds one token of padding"

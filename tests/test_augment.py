@@ -3,7 +3,7 @@ import numpy as np, pytest, torch
 from fastai.callback.core import Callback
 from fastai.learner import load_learner
 
-from fastai_ecg_pma.augment import BaselineWander, LeadCutMix, LeadDropout, LeadMixUp, Noise, Scale, Shift, TimeMask
+from fastai_ecg_pma.augment import BaselineWander, LeadCutMix, LeadDropout, LeadMixUp, Noise, Scale, Shift, Stretch, TimeMask
 from fastai_ecg_pma.data import ecg_dls
 from fastai_ecg_pma.learner import evaluate, pma_learner, predict_record, pretrain_learner
 from fastai_ecg_pma.ptbxl import ptbxl_dls
@@ -11,7 +11,7 @@ from fastai_ecg_pma.synth import synth_ptbxl
 from fastai_ecg_pma.vit1d import ViT1d
 
 
-def tfms(): return [Shift(20), Scale(), BaselineWander(100), Noise(), LeadDropout(), TimeMask(), LeadCutMix(), LeadMixUp()]
+def tfms(): return [Shift(20), Stretch(), Scale(), BaselineWander(100), Noise(), LeadDropout(), TimeMask(), LeadCutMix(), LeadMixUp()]
 
 class Seen(Callback):
     "Keeps what the model is given; comes after MaskPatches (11)"
