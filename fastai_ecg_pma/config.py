@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-from .parts import PARTS, nearest, part, part_text
+from .parts import PARTS, nearest, part, part_text, part_texts
 
 # %% ../nbs/69_config.ipynb #315e2f6c
 class BadConfig(ValueError): "A key that does not exist, or a value that is none of its kind"
@@ -59,7 +59,7 @@ KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: '
 
 @dataclass
 class Key:
-    "One argument: its kind is a type of `KINDS`, None for anything plain, or 'part', 'parts' where it is named as text"
+    "One argument: its kind is a type of `KINDS`, None for anything plain, or 'part', 'parts' (by name), 'series' (a list) where it is named as text"
     name:str; kind:object; default:object; doc:str; needed:bool = False; none:bool = False
 
 class Args:
@@ -95,7 +95,7 @@ def _key(name, default, anno, doc, own=None):
     if _is_instance(default): return Args(type(default), **{f.name: getattr(default, f.name) for f in fields(default)}), doc
     needed, none = default is inspect.Parameter.empty, type(None) in get_args(anno)
     anno = next((a for a in get_args(anno) if a in KINDS), anno) if none else anno
-    if name in PARTS: return Key(name, 'parts' if isinstance(default, dict) else 'part', None if needed else default, doc, needed, none or default is None)
+    if name in PARTS: return Key(name, 'parts' if isinstance(default, dict) else 'series' if isinstance(default, (tuple, list)) else 'part', None if needed else default, doc, needed, none or default is None)
     kind = list if isinstance(default, (tuple, list, range)) else anno if anno in KINDS else None if default is None or needed else type(default)
     return Key(name, kind, None if needed else list(default) if kind is list and default is not None else default, doc, needed, none or default is None or needed)
 
@@ -105,7 +105,7 @@ def check_value(key:Key, v, at:str):
     if v is None:
         if not key.none: raise BadConfig(f'{at} is null: {KINDS.get(key.kind, "a part")} is expected')
         return None
-    if key.kind in ('part', 'parts'): return _check_parts(key, v, at)
+    if key.kind in _NAMED: return _check_parts(key, v, at)
     if key.kind is None: return _check_plain(v, at)
     if key.kind is float and isinstance(v, int) and not isinstance(v, bool): v = float(v) if abs(v) < 2**53 else v
     if key.kind is int and isinstance(v, int) and abs(v) >= 2**63: raise BadConfig(f'{at} is {str(v)[:30]}…: a whole number below 2^63 is expected')
@@ -117,23 +117,31 @@ def _check_plain(v, at):
     for i,o in v.items() if isinstance(v, dict) else enumerate(v) if isinstance(v, list) else (): _check_plain(o, f'{at}.{i}')
     return v
 
+_NAMED = dict(part=str, parts=dict, series=list)
+
+def _each(kind, v, f): return {k: f(t) for k,t in v.items()} if kind == 'parts' else [f(t) for t in v] if kind == 'series' else f(v)
+
 def _check_parts(key, v, at):
     if key.kind == 'parts' and not isinstance(v, dict): raise BadConfig(f'{at} is {v!r}: a mapping of names to parts is expected, as in {{PMA: PMA}}')
-    try: return {k: part_text(part(t, PARTS[key.name])) for k,t in v.items()} if key.kind == 'parts' else part_text(part(v, PARTS[key.name]))
+    if key.kind == 'series' and not isinstance(v, list): raise BadConfig(f'{at} is {v!r}: a list of parts is expected, as in [Stretch, Noise]')
+    try: return _each(key.kind, v, lambda t: part_text(part(t, PARTS[key.name])))
     except ValueError as e: raise BadConfig(f'{at}: {e}') from None
 
 def from_shell(key:Key, text:str, at:str):
     "The value that a text of a command line means"
     if key.kind in (str, 'part'): return None if text in ('', 'null') else text
     if text in ('', 'null', '~'): return None
+    if key.kind == 'series': return _series(text, at)
     if key.kind is list and not text.lstrip().startswith('['): text = f'[{text}]'
     return read_yaml(text, at)
 
+def _series(text, at):
+    try: return part_texts(text)
+    except ValueError as e: raise BadConfig(f'{at}: {e}') from None
+
 def default_text(key:Key):
     "A default as YAML can hold it"
-    if key.kind == 'part' and key.default is not None: return part_text(key.default)
-    if key.kind == 'parts' and key.default is not None: return {k: part_text(v) for k,v in key.default.items()}
-    return deepcopy(key.default)
+    return _each(key.kind, key.default, part_text) if key.kind in _NAMED and key.default is not None else deepcopy(key.default)
 
 # %% ../nbs/69_config.ipynb #a34747c5
 class Config:
@@ -235,8 +243,7 @@ def _kwargs(args, values):
         if k == 'source' and None not in args.funcs: continue
         v = values[k]
         if isinstance(key, tuple): out[k] = None if v is None else _call(key[0], v)
-        elif key.kind == 'part': out[k] = None if v is None else part(v, PARTS[k])
-        elif key.kind == 'parts': out[k] = None if v is None else {n: part(t, PARTS[k]) for n,t in v.items()}
+        elif key.kind in _NAMED: out[k] = None if v is None else _each(key.kind, v, lambda t: part(t, PARTS[k]))
         else: out[k] = v
     return out
 

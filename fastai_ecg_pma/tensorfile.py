@@ -31,7 +31,11 @@ def _pieces(tensors, meta):
     head = json.dumps(head, separators=(',', ':')).encode()
     head += b' '*(-len(head) % 8)
     yield len(head).to_bytes(8, 'little') + head
-    for t in tensors.values(): yield t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    for t in tensors.values(): yield _bytes(t)
+
+def _bytes(t):
+    t = t.detach().cpu().contiguous().flatten()
+    return (t if t.stride(0) == 1 else t.clone(memory_format=torch.contiguous_format)).view(torch.uint8).numpy().data      # a single number may have any stride
 
 def write_tensors(
     file, # Whole or as before, whatever happens

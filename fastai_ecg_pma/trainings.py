@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'DATA', 'LEARNER', 'PRECISIONS', 'Fit', 'make_dls', 'find_arch', 'say_records', 'prepare', 'begin',
-           'several', 'alone', 'training', 'pretrain', 'last_metrics', 'train', 'check_ends', 'keep_model']
+           'several', 'alone', 'training', 'pretrain', 'last_metrics', 'pretrain_first', 'train', 'check_ends',
+           'keep_model']
 
 # %% ../nbs/71_trainings.ipynb #1310a99e
 import os
@@ -72,6 +73,7 @@ def make_dls(data, prep=None):
     if 'prep' not in given and prep is not None: given['prep'] = prep
     for k in ('train_folds', 'valid_folds'):
         if k in given and not given[k]: raise ValueError(f'data.{k} is empty: name the folds')
+    if given.get('batch_tfms'): given['batch_tfms'] = [make() for make in given['batch_tfms']]
     dls = data.func(**given)
     say_records(dls)
     return dls
@@ -121,7 +123,7 @@ def training(learn, label):
 # %% ../nbs/71_trainings.ipynb #9e66fe2d
 def pretrain(
     data:DATA(task=None), # Records. Their labels are used by `probe_every` alone
-    model:Args(pretrain_learner, LEARNER), # The encoder, its decoder, and what is hidden
+    model:Args(pretrain_learner, LEARNER.replace(' loss_func', '')), # The encoder, its decoder, and what is hidden
     fit:Args(Fit), # How it is trained
     probe_every:int=None, # Epochs from one look at what the layers know to the next; needs labels: data.task
     seed:int=0, # Of weights, masks and the order of records
@@ -148,11 +150,25 @@ def last_metrics(learn):
     "Losses and metrics of the last epoch"
     return (trained_epochs(learn) or [{}])[-1]
 
+# %% ../nbs/71_trainings.ipynb #trn00002
+def pretrain_first(
+    model:Args(pretrain_learner, LEARNER.replace(' loss_func', '') + ' arch arch_config size'), # What is hidden, and what rebuilds it
+    fit:Args(Fit), # How it is trained
+    batch_tfms:list=(), # Augmentations of its batches, which need no labels
+    arch=None, arch_config=None, size='tiny', data=None, seed=0, out=None):
+    "The encoder that `arch`, of `train`, asks for, pretrained on the training records of `data` without labels; it lies in `out`"
+    if num_distrib() > 1: raise ValueError('pretraining and training in one run is for one process: start `ecg-pma pretrain` in several, then `ecg-pma train arch=…/encoder`')
+    unlabelled = {k: v for k,v in dict(task=None, share=1).items() if k in data.keywords}
+    data = partial(data.func, **{**data.keywords, **unlabelled, 'batch_tfms': batch_tfms})
+    pretrain(data, partial(model, arch=arch, arch_config=arch_config, size=size), fit, seed=seed, out=out)
+    return load_encoder(out/'encoder')
+
 # %% ../nbs/71_trainings.ipynb #158dad4f
 def train(
     data:DATA(prep=None), # Labelled records; prep may be left out where an encoder has its own
     model:Args(pma_learner, LEARNER, (encoder_stack, readout_learner)), # The encoder and how it is read
     fit:Args(Fit, epochs=10), # How it is trained
+    pretraining:Args(pretrain_first, 'arch arch_config size data seed out', optional=True)=None, # First pretrain the encoder on the training records, without labels
     freeze_epochs:int=1, # Of a pretrained encoder: epochs in which it is left as it is, before all is trained
     frozen:bool=False, # Leave a pretrained encoder as it is throughout: its read-out alone is trained
     calibration:Optional[str]='platt', # Of the probabilities, on the validation records: platt, temperature, isotonic; null: none
@@ -164,8 +180,15 @@ def train(
     arch, dls = prepare(out, 'train', values, data, model.keywords.get('arch'))
     check_ends(dls, calibration, thresholds)
     pretrained = not (arch is None or is_class(arch)) or model.keywords.get('weights_path') is not None
+    if pretraining and pretrained: raise ValueError('pretraining begins with an untrained encoder, and model.arch or model.weights_path names a trained one: leave one of them out')
+    pretrained = pretrained or pretraining is not None
     if frozen and not pretrained: raise ValueError('frozen=true leaves an untrained encoder as it is: name a pretrained one, model.arch')
-    learn = partial(model.func, **{**model.keywords, 'arch': arch})(dls, seed=seed)
+    if pretraining:
+        partial(model, arch=arch)(dls, seed=seed)                           # what would fail after hours of pretraining fails now
+        begin_run(out, 'train', values or {})
+        arch = pretraining(arch=arch, data=data, seed=seed, out=Path(out)/'pretraining', **{k: model.keywords[k] for k in ('arch_config', 'size') if k in model.keywords})
+        model = partial(model, arch_config=None)
+    learn = partial(model, arch=arch)(dls, seed=seed)
     learn.add_cbs(begin(out, 'train', values, fit))
     with training(learn, 'Training'):
         if pretrained and not frozen: learn.fine_tune(fit.epochs, fit.lr, freeze_epochs=freeze_epochs, pct_start=fit.warmup)
