@@ -8,12 +8,12 @@ __all__ = ['Concat', 'Fuse', 'GroupMeans', 'Last', 'LastMean', 'Layer', 'OwnNorm
            'attention_maps', 'attention_stats', 'plot_attention', 'Attribution', 'attribute', 'drop_leads',
            'gradient_input', 'integrated_gradients', 'occlusion', 'plot_drops', 'BaselineWander', 'LeadCutMix',
            'LeadDropout', 'LeadMixUp', 'Noise', 'Powerline', 'Scale', 'Shift', 'Stretch', 'TimeMask', 'show_augment',
-           'find_blocks', 'EcgCache', 'RecordsSetAside', 'StaleCache', 'cache_ecg', 'Calibration', 'FewPositives',
-           'NotCalibrated', 'calibration_table', 'cross_calibrated', 'fit_calibration', 'plot_reliability',
-           'reliability', 'ChallengeScore', 'challenge_score', 'challenge_scores', 'challenge_weights',
-           'challenge_classes', 'challenge_dls', 'challenge_labels', 'challenge_table', 'cinc2017_dls',
-           'cinc2017_table', 'ludb_labels', 'ludb_table', 'where', 'Checkpoint', 'checkpoints', 'load_best',
-           'Comparison', 'MORE_READOUTS', 'PMA_DEFAULT', 'READOUTS', 'compare_readouts', 'frozen_learner',
+           'find_blocks', 'EcgHybrid', 'HybridEncoder', 'EcgCache', 'RecordsSetAside', 'StaleCache', 'cache_ecg',
+           'Calibration', 'FewPositives', 'NotCalibrated', 'calibration_table', 'cross_calibrated', 'fit_calibration',
+           'plot_reliability', 'reliability', 'ChallengeScore', 'challenge_score', 'challenge_scores',
+           'challenge_weights', 'challenge_classes', 'challenge_dls', 'challenge_labels', 'challenge_table',
+           'cinc2017_dls', 'cinc2017_table', 'ludb_labels', 'ludb_table', 'where', 'Checkpoint', 'checkpoints',
+           'load_best', 'Comparison', 'MORE_READOUTS', 'PMA_DEFAULT', 'READOUTS', 'compare_readouts', 'frozen_learner',
            'plot_forest', 'random_like', 'check_model', 'check_readout', 'ecg_dls', 'read_records', 'wfdb_dls',
            'calibrate', 'decide', 'predictor', 'check_records', 'report', 'check_files', 'download_db',
            'download_ptbxl', 'build_arch', 'encoder_stack', 'make_vit', 'export_onnx', 'export_program',
@@ -35,7 +35,7 @@ __all__ = ['Concat', 'Fuse', 'GroupMeans', 'Last', 'LastMean', 'Layer', 'OwnNorm
            'load_pma', 'save_pma', 'Accumulate', 'Autocast', 'checkpoint_blocks', 'compile_blocks', 'use_sdpa',
            'assert_disjoint', 'check_patients', 'label_subsets', 'overlap', 'subset_table', 'KeyAccount', 'PartialLoad',
            'load_original_pma', 'load_stmem_mae', 'save_stmem', 'simulate_ecg', 'synth_ptbxl', 'write_record',
-           'DamagedFile', 'NoThreshold', 'Thresholds', 'choose_thresholds', 'threshold_table', 'load_weights',
+           'DamagedFile', 'NoThreshold', 'Thresholds', 'choose_thresholds', 'threshold_table', 'load_weights', 'EMA',
            'audit_trainable', 'layer_lrs', 'layer_splitter', 'VIT_SIZES', 'EcgViT', 'ViT1d', 'load_encoder',
            'save_encoder', 'EcgArray', 'windows_table']
 
@@ -93,7 +93,7 @@ from .synth import simulate_ecg, synth_ptbxl, write_record
 from .tensorfile import DamagedFile
 from .thresholds import NoThreshold, Thresholds, choose_thresholds, threshold_table
 from .transfer import load_weights
-from .tune import audit_trainable, layer_lrs, layer_splitter
+from .tune import EMA, audit_trainable, layer_lrs, layer_splitter
 from .vit1d import VIT_SIZES, EcgViT, ViT1d
 from .weights import load_encoder, save_encoder
 from .windows import EcgArray, windows_table
@@ -102,7 +102,7 @@ from .windows import EcgArray, windows_table
 _all_ = ['Concat', 'Fuse', 'GroupMeans', 'Last', 'LastMean', 'Layer', 'OwnNorm', 'PlainNorm', 'PPA', 'SharedNorm', 'SignedStatic', 'Static', 'class_head',
          'linear_head', 'mlp_head', 'AttentionPool', 'Attentive', 'attention_maps', 'attention_stats', 'plot_attention', 'Attribution', 'attribute', 'drop_leads',
          'gradient_input', 'integrated_gradients', 'occlusion', 'plot_drops', 'BaselineWander', 'LeadCutMix', 'LeadDropout', 'LeadMixUp', 'Noise', 'Powerline',
-         'Scale', 'Shift', 'Stretch', 'TimeMask', 'show_augment', 'find_blocks', 'EcgCache', 'RecordsSetAside', 'StaleCache', 'cache_ecg', 'Calibration', 'FewPositives',
+         'Scale', 'Shift', 'Stretch', 'TimeMask', 'show_augment', 'find_blocks', 'EcgHybrid', 'HybridEncoder', 'EcgCache', 'RecordsSetAside', 'StaleCache', 'cache_ecg', 'Calibration', 'FewPositives',
          'NotCalibrated', 'calibration_table', 'cross_calibrated', 'fit_calibration', 'plot_reliability', 'reliability', 'ChallengeScore', 'challenge_score',
          'challenge_scores', 'challenge_weights', 'challenge_classes', 'challenge_dls', 'challenge_labels', 'challenge_table', 'cinc2017_dls', 'cinc2017_table',
          'ludb_labels', 'ludb_table', 'where', 'Checkpoint', 'checkpoints', 'load_best', 'Comparison', 'MORE_READOUTS', 'PMA_DEFAULT', 'READOUTS',
@@ -121,5 +121,5 @@ _all_ = ['Concat', 'Fuse', 'GroupMeans', 'Last', 'LastMean', 'Layer', 'OwnNorm',
          'PREPROCESS', 'Preprocess', 'content_hash', 'read_ecg', 'load_pma', 'save_pma', 'Accumulate', 'Autocast', 'checkpoint_blocks', 'compile_blocks',
          'use_sdpa', 'assert_disjoint', 'check_patients', 'label_subsets', 'overlap', 'subset_table', 'KeyAccount', 'PartialLoad', 'load_original_pma',
          'load_stmem_mae', 'save_stmem', 'simulate_ecg', 'synth_ptbxl', 'write_record', 'DamagedFile', 'NoThreshold', 'Thresholds', 'choose_thresholds',
-         'threshold_table', 'load_weights', 'audit_trainable', 'layer_lrs', 'layer_splitter', 'VIT_SIZES', 'EcgViT', 'ViT1d', 'load_encoder', 'save_encoder',
+         'threshold_table', 'load_weights', 'EMA', 'audit_trainable', 'layer_lrs', 'layer_splitter', 'VIT_SIZES', 'EcgViT', 'ViT1d', 'load_encoder', 'save_encoder',
          'EcgArray', 'windows_table']

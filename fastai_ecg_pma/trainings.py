@@ -34,6 +34,7 @@ from .runs import begin_run, check_run, loggers, showing, stoppable
 from .saved import save_pma
 from .scale import Accumulate, Autocast
 from .thresholds import choose_thresholds
+from .tune import EMA
 from .weights import load_encoder, save_encoder
 
 # %% ../nbs/71_trainings.ipynb #fcf68a14
@@ -53,6 +54,7 @@ class Fit:
     warmup:float = .1           # Share of the training in which it rises
     accumulate:int = 1          # Batches a step of the optimiser
     precision:str = 'float32'   # Or bfloat16, or on a GPU float16
+    ema:float = None            # Decay of a moving average of the weights, which is then what is validated and kept: .995
     every:int = None            # Batches from one checkpoint to the next; None: one at the end of each epoch
     log:list = ()               # Beside log.csv: tensorboard, wandb
 
@@ -65,7 +67,7 @@ class Fit:
         "Checkpoints first, then loggers and what was asked for"
         main = rank_distrib() == 0
         return [Checkpoint(Path(out)/'checkpoints', self.every), *(loggers(out, self.log, values) if main else []), *([Accumulate(self.accumulate)] if self.accumulate > 1 else []),
-                *([Autocast(PRECISIONS[self.precision])] if PRECISIONS[self.precision] else [])]
+                *([Autocast(PRECISIONS[self.precision])] if PRECISIONS[self.precision] else []), *([EMA(self.ema)] if self.ema is not None else [])]
 
 def make_dls(data, prep=None):
     "`dls` of a section `data`; where it names no preprocessing, with `prep`"

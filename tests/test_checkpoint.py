@@ -39,6 +39,7 @@ from fastai_ecg_pma.pretrain import MaskPatches, PretrainLearner
 from fastai_ecg_pma.records import Preprocess
 from fastai_ecg_pma.state import training_state
 from fastai_ecg_pma.tensors import pack
+from fastai_ecg_pma.tune import EMA
 from fastai_ecg_pma.vit1d import ViT1d
 from fastai_ecg_pma.windows import RANDOM, EcgArray, InMemory
 
@@ -136,7 +137,7 @@ def same(tmp_path, make, f, at, fit=0, **kw):
 
 
 VARIANTS = dict(
-    plain={}, batchnorm=dict(make=reader), accumulation=dict(cbs=lambda: [GradientAccumulation(12)]), clip=dict(cbs=lambda: [GradientClip(.1)]),
+    plain={}, average=dict(cbs=lambda: [EMA(.7)]), average_of_a_read_out=dict(make=reader, cbs=lambda: [EMA(.7)], f=FITS['fine_tune'], fit=1), batchnorm=dict(make=reader), accumulation=dict(cbs=lambda: [GradientAccumulation(12)]), clip=dict(cbs=lambda: [GradientClip(.1)]),
     accumulation_left_over=dict(cbs=lambda: [GradientAccumulation(1000)]), early=dict(cbs=lambda: [EarlyStoppingCallback(patience=1, min_delta=9)], f=lambda l: l.fit(5, 1e-3), at=7),
     plateau=dict(cbs=lambda: [ReduceLROnPlateau(patience=1, min_delta=9)], f=lambda l: l.fit(4, 1e-3), at=17), sgd=dict(opt_func=partial(SGD, mom=.9)), lookahead=dict(opt_func=partial(ranger, k=3)),
     adam=dict(opt_func=Adam), around_fused=dict(opt_func=lambda ps, lr: Lookahead(FusedAdam(ps, lr), k=3)), torch_adam=dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW)), train_metrics=dict(train_metrics=True, metrics=lambda pred, patches, mask: (pred - patches).abs().mean()),
