@@ -150,9 +150,9 @@ def mlp_head(d:int, n_out:int, hidden:int=256):
     return nn.Sequential(nn.BatchNorm1d(d), nn.Dropout(0.25), nn.Linear(d, hidden), nn.ReLU(),
                          nn.BatchNorm1d(hidden), nn.Dropout(0.5), nn.Linear(hidden, n_out))
 
-def linear_head(d:int, n_out:int):
-    "One linear layer: a linear probe"
-    return nn.Linear(d, n_out)
+def linear_head(d:int, n_out:int, drop:float=0.):
+    "One linear layer: a linear probe; with `drop`, dropout before it"
+    return nn.Sequential(nn.Dropout(drop), nn.Linear(d, n_out)) if drop else nn.Linear(d, n_out)
 
 def class_head(d:int, n_out:int):
     "A linear probe of its own for each class: `[bs,d]`, `n_out` vectors side by side, -> `[bs,n_out]`"

@@ -23,9 +23,9 @@ __all__ = ['Concat', 'Fuse', 'GroupMeans', 'Last', 'LastMean', 'Layer', 'OwnNorm
            'layer_cka', 'layer_geometry', 'linear_cka', 'plot_cka', 'plot_coefficients', 'plot_geometry',
            'update_coefficients', 'BadRecord', 'read_header', 'hidden_r2', 'Difference', 'Score', 'compare',
            'compare_classes', 'delong', 'holm', 'patient_counts', 'score', 'score_classes', 'LayerStack', 'class_token',
-           'mean_leads', 'mean_tokens', 'LEADS', 'PMA_LEADS', 'derive_leads', 'lead_name', 'evaluate', 'pma_learner',
-           'predict_record', 'pretrain_learner', 'readout_learner', 'MAE', 'MaskedModel', 'masked_mse', 'mixture',
-           'patchify', 'per_lead', 'random_mask', 'same_times', 'time_blocks', 'whole_leads', 'BrierLoss',
+           'mean_leads', 'mean_max', 'mean_tokens', 'LEADS', 'PMA_LEADS', 'derive_leads', 'lead_name', 'evaluate',
+           'pma_learner', 'predict_record', 'pretrain_learner', 'readout_learner', 'MAE', 'MaskedModel', 'masked_mse',
+           'mixture', 'patchify', 'per_lead', 'random_mask', 'same_times', 'time_blocks', 'whole_leads', 'BrierLoss',
            'CalibrationError', 'MacroAUPRC', 'MacroAUROC', 'MacroF1Max', 'class_auprcs', 'class_aurocs', 'class_briers',
            'class_eces', 'class_f1s', 'class_table', 'f1_thresholds', 'macro_auprc', 'macro_auroc', 'macro_f1_max',
            'mitbih_beats', 'mitbih_dls', 'mitbih_rhythms', 'mitbih_table', 'ProbeLayers', 'ecg_axes', 'ecg_paper',
@@ -68,7 +68,7 @@ from .headers import BadRecord, read_header
 from .hidden import hidden_r2
 from .hybrid import EcgHybrid, HybridEncoder
 from .intervals import Difference, Score, compare, compare_classes, delong, holm, patient_counts, score, score_classes
-from .layers import LayerStack, class_token, mean_leads, mean_tokens
+from .layers import LayerStack, class_token, mean_leads, mean_max, mean_tokens
 from .leads import LEADS, PMA_LEADS, derive_leads, lead_name
 from .learner import evaluate, pma_learner, predict_record, pretrain_learner, readout_learner
 from .mae import MAE
@@ -112,7 +112,7 @@ _all_ = ['Concat', 'Fuse', 'GroupMeans', 'Last', 'LastMean', 'Layer', 'OwnNorm',
          'ConstantGate', 'drop_layers', 'effective_layers', 'gate_by_class', 'gate_report', 'gate_weights', 'plot_gates', 'plot_layer_drops', 'prune', 'cka_matrix',
          'effective_rank', 'layer_cka', 'layer_geometry', 'linear_cka', 'plot_cka', 'plot_coefficients', 'plot_geometry', 'update_coefficients', 'BadRecord',
          'read_header', 'hidden_r2', 'Difference', 'Score', 'compare', 'compare_classes', 'delong', 'holm', 'patient_counts', 'score', 'score_classes',
-         'LayerStack', 'class_token', 'mean_leads', 'mean_tokens', 'LEADS', 'PMA_LEADS', 'derive_leads', 'lead_name', 'evaluate', 'pma_learner', 'predict_record',
+         'LayerStack', 'class_token', 'mean_leads', 'mean_max', 'mean_tokens', 'LEADS', 'PMA_LEADS', 'derive_leads', 'lead_name', 'evaluate', 'pma_learner', 'predict_record',
          'pretrain_learner', 'readout_learner', 'MAE', 'MaskedModel', 'masked_mse', 'mixture', 'patchify', 'per_lead', 'random_mask', 'same_times', 'time_blocks',
          'whole_leads', 'BrierLoss', 'CalibrationError', 'MacroAUPRC', 'MacroAUROC', 'MacroF1Max', 'class_auprcs', 'class_aurocs', 'class_briers', 'class_eces',
          'class_f1s', 'class_table', 'f1_thresholds', 'macro_auprc', 'macro_auroc', 'macro_f1_max', 'mitbih_beats', 'mitbih_dls', 'mitbih_rhythms', 'mitbih_table',

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SOURCES', 'DATA', 'LEARNER', 'PRECISIONS', 'Fit', 'make_dls', 'find_arch', 'say_records', 'prepare', 'begin',
            'several', 'alone', 'training', 'pretrain', 'last_metrics', 'pretrain_first', 'train', 'check_ends',
-           'keep_model']
+           'predictions', 'keep_model']
 
 # %% ../nbs/71_trainings.ipynb #1310a99e
 import os
-import numpy as np, torch
+import numpy as np, pandas as pd, torch
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from fastai.torch_core import num_distrib, rank_distrib
@@ -25,7 +25,7 @@ from .decide import calibrate, decide, trained_epochs
 from .encoder import encoder_stack, is_class
 from .gate import PMA
 from .gates import gate_report
-from .learner import evaluate as evaluate_learner, pma_learner, pretrain_learner, readout_learner, task_of
+from .learner import by_record, pma_learner, pretrain_learner, readout_learner, row_scores, score_dls, task_of
 from .mitbih import mitbih_dls
 from .monitor import ProbeLayers
 from .ptbxl import ptbxl_dls
@@ -172,6 +172,7 @@ def train(
     fit:Args(Fit, epochs=10), # How it is trained
     pretraining:Args(pretrain_first, 'arch arch_config size data seed out', optional=True)=None, # First pretrain the encoder on the training records, without labels
     freeze_epochs:int=1, # Of a pretrained encoder: epochs in which it is left as it is, before all is trained
+    lr_mult:float=100, # When all is trained: how much slower the encoder's first layers learn than its head
     frozen:bool=False, # Leave a pretrained encoder as it is throughout: its read-out alone is trained
     calibration:Optional[str]='platt', # Of the probabilities, on the validation records: platt, temperature, isotonic; null: none
     thresholds:dict=None, # Decisions, on the validation records: {sensitivity: 0.9}, {specificity: 0.95} or {f1: true}
@@ -193,7 +194,7 @@ def train(
     learn = partial(model, arch=arch)(dls, seed=seed)
     learn.add_cbs(begin(out, 'train', values, fit))
     with training(learn, 'Training'):
-        if pretrained and not frozen: learn.fine_tune(fit.epochs, fit.lr, freeze_epochs=freeze_epochs, pct_start=fit.warmup)
+        if pretrained and not frozen: learn.fine_tune(fit.epochs, fit.lr, freeze_epochs=freeze_epochs, lr_mult=lr_mult, pct_start=fit.warmup)
         else: learn.fit_one_cycle(fit.epochs, fit.lr, pct_start=fit.warmup)
     return keep_model(learn, Path(out), calibration, thresholds) if alone() else {}
 
@@ -206,12 +207,22 @@ def check_ends(dls, calibration, thresholds):
     try: thresholds and choose_thresholds(np.array([[.2], [.8]]), np.array([[0], [1]]), **thresholds)
     except (TypeError, ValueError): raise ValueError(f'thresholds is {thresholds}: one of {{sensitivity: 0.9}}, {{specificity: 0.95}}, {{f1: true}} is expected') from None
 
+def predictions(rows, dls) -> pd.DataFrame:
+    "What is said of each validation record, before calibration, and what is true: for paired comparisons of runs"
+    p, y, patients = by_record(*rows, dls)
+    row = np.asarray(dls.valid.dataset.split_idxs)
+    first = row[np.unique(dls.record[row], return_index=True)[1]]
+    about = dict(record=[dls.paths[i].as_posix() for i in first], **({} if patients is None else dict(patient_id=patients)))
+    return pd.DataFrame({**about, **{v: p[:,i] for i,v in enumerate(dls.vocab)}, **{f'{v}_true': y[:,i].astype(int) for i,v in enumerate(dls.vocab)}})
+
 def keep_model(learn, out, calibration, thresholds):
     "Calibrate, decide, save and score a trained learner"
     if getattr(learn.dls, 'vocab', None) is None or not len(learn.dls.vocab):
         save_pma(learn, out/'model')
         return finish(out, dict(model=str(out/'model'), **last_metrics(learn)))
-    s = evaluate_learner(learn)
+    rows = row_scores(learn)
+    s = score_dls(*rows, learn.dls)
+    predictions(rows, learn.dls).to_csv(out/'predictions.csv', index=False, float_format='%.6g')
     try: table = None if calibration is None else calibrate(learn, calibration)
     except ValueError as e: raise ValueError(f'it is trained, but cannot be calibrated: {e}. The same command with calibration=null goes on from here, and leaves the probabilities as they are') from e
     if table is not None: show_table(table.reset_index(), f'Calibration ({calibration}), on the validation records')
