@@ -77,7 +77,7 @@ def _no_such(arch, names, takes): return f'{arch.__name__} has no argument {name
 def _drops(arch, fits, config, k, model):
     "Is the model the same without the argument `k`?"
     try: return repr(arch(**fits, **{n: v for n,v in config.items() if n != k})) == repr(model)
-    except (AssertionError, TypeError): return False                     # it cannot be made without
+    except (AssertionError, TypeError, ValueError): return False         # it cannot be made without
 
 # %% ../nbs/45_encoder.ipynb #d50b29bc
 def find_encoder(arch):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastai_ecg_pma.aggregate import GroupMeans, OwnNorm, class_head
+from fastai_ecg_pma.aggregate import GroupMeans, OwnNorm, class_head, linear_head
 from fastai_ecg_pma.attend import AttentionPool, Attentive
 from fastai_ecg_pma.calibrate import Calibration
 from fastai_ecg_pma.thresholds import Thresholds
@@ -19,7 +19,7 @@ from fastai_ecg_pma.encoder import make_vit
 from fastai_ecg_pma.export import WindowModel, check_parity, export_facts, export_onnx, export_program, onnx_runner, program_runner
 from fastai_ecg_pma.gate import PMA, ClassPMA, LeadPMA, top_k
 from fastai_ecg_pma.gates import prune
-from fastai_ecg_pma.layers import class_token, mean_leads
+from fastai_ecg_pma.layers import class_token, mean_leads, mean_max
 from fastai_ecg_pma.learner import pma_learner
 from fastai_ecg_pma.decide import predictor
 from fastai_ecg_pma.records import Preprocess
@@ -54,6 +54,8 @@ CASES = {**{k: (None, v if isinstance(v, dict) else dict(readout=v)) for k,v in 
     'TSiTPlus': ('TSiTPlus', dict(readout=PMA, arch_config=tsit)),
     'TSiTPlus, class token': ('TSiTPlus', dict(readout='attentive', arch_config=dict(tsit, use_token=True), pool=class_token)),
     'EcgViT': ('EcgViT', dict(readout=PMA, arch_config=dict(ps=25, d=16, n_layers=3))),
+    'EcgHybrid': ('EcgHybrid', dict(readout=PMA, arch_config=dict(d=16, n_layers=3, n_heads=1, stem=[8,16], strides=[2,2]))),
+    'EcgHybrid, batch norm, mean and maximum': ('EcgHybrid', dict(readout=PMA, pool=mean_max, head=partial(linear_head, drop=.3), arch_config=dict(d=16, n_layers=3, n_heads=1, stem=[8,16], strides=[2,2], norm='batch'))),
     'fused attention': (lambda: torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(100, 4, 32, batch_first=True), 2, enable_nested_tensor=False), dict(readout=PMA))}
 
 def made(dls, case):

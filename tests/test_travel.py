@@ -34,7 +34,7 @@ from fastai_ecg_pma.folder import read_config, read_folder, write_folder
 from fastai_ecg_pma.gate import PMA, ClassPMA, LeadPMA, top_k
 from fastai_ecg_pma.gates import prune
 from fastai_ecg_pma.headers import BadRecord
-from fastai_ecg_pma.layers import mean_leads
+from fastai_ecg_pma.layers import mean_leads, mean_max
 from fastai_ecg_pma.learner import by_record, pma_learner, predict_record, pretrain_learner, row_scores
 from fastai_ecg_pma.decide import calibrate, decide, predictor
 from fastai_ecg_pma.saved import load_pma, save_pma
@@ -47,7 +47,7 @@ from fastai_ecg_pma.transfer import load_weights
 from fastai_ecg_pma.vit1d import ViT1d
 from fastai_ecg_pma.weights import load_encoder, save_encoder
 
-PATCH = dict(ps=50, d=32, n_layers=3, n_heads=1)
+PATCH, HYBRID = dict(ps=50, d=32, n_layers=3, n_heads=1), dict(d=32, n_layers=3, n_heads=1, stem=[8,16], strides=[2,2])
 
 
 @pytest.fixture(scope='module')
@@ -160,6 +160,7 @@ ENCODERS = {
     'TSTPlus': tsai('TSTPlus', **TST), 'TSTPlus, SDPA': dict(tsai('TSTPlus', **TST, res_attention=False), sdpa=True), 'TSiTPlus': tsai('TSiTPlus', **TSIT), 'TSiTPlus, SDPA': dict(tsai('TSiTPlus', **TSIT), sdpa=True),
     'TST': tsai('TST', **TST), 'gMLP': tsai('gMLP', patch_size=5, d_model=16, d_ffn=32, depth=3),
     'PatchTST': tsai('PatchTST', **TST), 'TSPerceiver': dict(tsai('TSPerceiver', n_latents=8, d_latent=16, n_layers=3, self_n_heads=2), readout=partial(PMA, reads='mean')),
+    'EcgHybrid': tsai('EcgHybrid', **HYBRID), 'EcgHybrid, batch norm, mean and maximum': dict(tsai('EcgHybrid', **HYBRID, norm='batch'), pool=mean_max, head=partial(linear_head, drop=.3)),
     'EcgViT': tsai('EcgViT', **PATCH), 'ViT, stochastic depth': dict(arch=lambda dls: make_vit(dls, **PATCH, drop_path=.2, drop=.1)),
     'six leads asked of a ViT': dict(arch=lambda dls: _with_more_leads(dls)),
 }
