@@ -145,7 +145,8 @@ def pretrain(
     if probe_every is not None:
         probes.scores.to_csv(out/'layers.csv', index=False)
         save_figure(probes.plot().figure, out/'layers.png')
-    console().print(f'The encoder is in {out/"encoder"}; next: ecg-pma train {values and values["data"]["folder"] or "DATA"} model.arch={out/"encoder"}')
+    then = f'; next: ecg-pma train {values["data"]["folder"] or "DATA"} model.arch={out/"encoder"}' if values else ''
+    console().print(f'The encoder is in {out/"encoder"}{then}')
     return finish(out, dict(encoder=str(out/'encoder'), epochs=fit.epochs, **last_metrics(learn)))
 
 def last_metrics(learn):
