@@ -24,7 +24,7 @@ from .mae import MAE
 from .masked import MaskedModel
 from .sdpa import use_sdpa
 from .transfer import load_weights
-from .vit1d import VIT_SIZES, EcgViT, ViT1d
+from .vit1d import VIT_SIZES, EcgViT, TsaiModel, ViT1d
 from .weights import load_encoder
 
 # %% ../nbs/45_encoder.ipynb #6bf7bb9a
@@ -86,7 +86,7 @@ def find_encoder(arch):
     if isinstance(arch, Learner): return find_encoder(arch.model)
     if isinstance(arch, FusedModel): return find_encoder(arch.backbone)
     if isinstance(arch, (MAE, MaskedModel, LayerStack)): return find_encoder(arch.encoder)
-    if isinstance(arch, (EcgViT, EcgHybrid)): return arch.backbone
+    if isinstance(arch, TsaiModel): return arch.backbone
     if isinstance(arch, nn.Module): return arch
     raise ValueError(f'{arch!r} is no encoder: give a class, a module, a learner, or the path of a saved one')
 

@@ -9,7 +9,7 @@ __all__ = ['NORMS', 'ConvBlock', 'HybridEncoder', 'EcgHybrid']
 import math, torch
 from torch import nn
 from torch.nn.functional import pad
-from .vit1d import Block, sincos_positions
+from .vit1d import Block, TsaiModel, sincos_positions
 
 # %% ../nbs/42_hybrid.ipynb #hyb00007
 NORMS = dict(group=lambda d: nn.GroupNorm(1, d), batch=nn.BatchNorm1d)
@@ -64,10 +64,6 @@ class HybridEncoder(nn.Module):
         return self.norm(h).transpose(1,2)
 
 # %% ../nbs/42_hybrid.ipynb #hyb00021
-class EcgHybrid(nn.Sequential):
+class EcgHybrid(TsaiModel):
     "`HybridEncoder` as a tsai model: `backbone`, then the mean over tokens and a linear `head`"
-    def __init__(self, c_in:int, c_out:int, seq_len:int, **kwargs):
-        super().__init__()
-        self.backbone = HybridEncoder(c_in, seq_len, **kwargs)
-        self.head = nn.Sequential(nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(self.backbone.d, c_out))
-        self.head_nf, self.c_out = self.backbone.d, c_out
+    def __init__(self, c_in:int, c_out:int, seq_len:int, **kwargs): super().__init__(HybridEncoder(c_in, seq_len, **kwargs), c_out)

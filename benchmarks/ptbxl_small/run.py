@@ -101,10 +101,16 @@ def main():
                 t = said[name,seed,g] = (kernels if name == 'kernels' else trained)(args, name, seed, g)
                 runs.append(dict(recipe=name, seed=seed, group=g, auroc=macro_auroc(*pair(t)), minutes=minutes(args, name, seed, g)))
                 print(runs[-1], flush=True)
-    args.out.mkdir(exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     runs = pd.DataFrame(runs); runs.round(5).to_csv(args.out/'runs.csv', index=False)
     t = pd.DataFrame([row(args, name, runs[runs.recipe == name], said) for name in args.recipes])
     t.round(4).to_csv(args.out/'table.csv', index=False); print(t.round(3).to_string())
+
+def paired(groups):
+    "Mean over groups of the difference in macro-AUROC, with its 95 % interval; a group is `(scores, others, targets, patients)`. Groups hold other patients: their errors are independent"
+    d = [compare(*g) for g in groups]
+    mean, half = np.mean([v.point for v in d]), np.sqrt(sum(((v.high-v.low)/2)**2 for v in d))/len(d)
+    return mean, mean-half, mean+half
 
 def pair(t):
     labels = [c[:-5] for c in t if c.endswith('_true')]
@@ -122,9 +128,9 @@ def row(args, name, runs, said):
         ps = np.stack([pair(said[name,s,g])[0] for s in args.seeds]); t = said[name,args.seeds[0],g]; s = score(ps, pair(t)[1], t.patient_id.to_numpy())
         out |= dict(fold9=s.point, fold9_low=s.low, fold9_high=s.high)
     if 'kernels' in args.recipes and name != 'kernels':
-        d = [compare(*(np.stack([pair(said[n,s,g])[0] for s in args.seeds]) for n in (name, 'kernels')), pair(said[name,args.seeds[0],g])[1], said[name,args.seeds[0],g].patient_id.to_numpy()) for g in args.groups]
-        half = np.sqrt(sum(((v.high-v.low)/2)**2 for v in d))/len(d)                      # groups hold other patients: their errors are independent
-        out |= dict(difference=np.mean([v.point for v in d]), d_low=np.mean([v.point for v in d])-half, d_high=np.mean([v.point for v in d])+half)
+        scores = lambda n,g: np.stack([pair(said[n,s,g])[0] for s in args.seeds])
+        d = paired([(scores(name, g), scores('kernels', g), pair(said[name,args.seeds[0],g])[1], said[name,args.seeds[0],g].patient_id.to_numpy()) for g in args.groups])
+        out |= dict(zip(('difference', 'd_low', 'd_high'), d))
     return out
 
 if __name__ == '__main__': main()
