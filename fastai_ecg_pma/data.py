@@ -14,6 +14,7 @@ from functools import partial
 from fastai.data.core import TfmdDL
 from fastai.data.load import DataLoader
 from fastai.data.transforms import MultiCategory
+from fastcore.basics import listify
 from pathlib import Path
 from tsai.data.core import TSClassification, TSDataLoader, TSDataLoaders, TSDatasets, TSMultiLabelClassification, TSRegression
 
@@ -180,7 +181,7 @@ def wfdb_dls(
     cache=None, # Folder of a cache (`cache_ecg`), made if missing: the records are read once for all, and need not fit into memory
     random_crop:bool=False, # Training: one window a record, anywhere in it, drawn anew each time, instead of all its windows; training records then have no score
     aggregate:str='mean', # How the probabilities of a record's windows become one: 'mean' or 'max'
-    batch_tfms=(), # Augmentations of training batches, tsai's standardising transforms
+    batch_tfms=(), # Transforms of batches, one or a list: augmentations, tsai's standardising
     protocol:dict=None, # Fields of `Protocol` that the folder cannot tell: `data`, `task`, folds …
     **kwargs):
     "WFDB records → `dls`, one row a window. Labels and splits are checked first; bad records are in `dls.bad`, where each window is from in `dls.paths` and `dls.starts`"
@@ -196,7 +197,7 @@ def wfdb_dls(
     bad, row = _with_refused(bad, refused, rows, table[path_col]), rows[w.record]
     X = EcgArray(source, w.record, w.start, prep)
     dls = ecg_dls(X if cache is not None or random_crop else X[:], None if y is None else y[row], vocab, valid[row], prep, table.iloc[row].reset_index(drop=True), bs, row,
-                  _protocol(table[path_col], y, vocab, valid, np.unique(row), prep, aggregate, protocol or {}), batch_tfms=list(batch_tfms) or None, **kwargs)
+                  _protocol(table[path_col], y, vocab, valid, np.unique(row), prep, aggregate, protocol or {}), batch_tfms=listify(batch_tfms) or None, **kwargs)
     dls.bad, dls.paths, dls.starts = bad, [Path(folder)/p for p in table[path_col].iloc[row]], w.start.to_numpy()
     return dls
 
