@@ -164,7 +164,7 @@ def test_ctrl_c_ends_builder_and_workers_and_loses_nothing(folder, tmp_path):
     build(folder, tmp_path/'cache', n=4); build(folder, tmp_path/'want', n=4)
     assert files(tmp_path/'cache') == files(tmp_path/'want')
 
-def slow(f): return lambda *args: time.sleep(.8) or f(*args)
+def slow(f): return lambda *args: time.sleep(5) or f(*args)       # Ctrl-C comes while all of them sleep, on a busy machine too
 
 
 class Deadly(Preprocess):
