@@ -42,7 +42,7 @@ SOURCES = dict(ptbxl=ptbxl_dls, wfdb=wfdb_dls, challenge=challenge_dls, mitbih=m
 
 DATA = partial(Args, SOURCES, 'progress protocol X', (wfdb_dls,))
 
-LEARNER = 'dls seed cbs metrics splitter loss_func opt_func lr path model_dir wd_bn_bias train_bn moms default_cbs blocks'       # arguments that text cannot say
+LEARNER = 'dls seed cbs metrics splitter opt_func lr path model_dir wd_bn_bias train_bn moms default_cbs blocks'       # arguments that text cannot say
 
 PRECISIONS = dict(float32=None, bfloat16=torch.bfloat16, float16=torch.float16)
 
@@ -125,7 +125,7 @@ def training(learn, label):
 # %% ../nbs/71_trainings.ipynb #9e66fe2d
 def pretrain(
     data:DATA(task=None), # Records. Their labels are used by `probe_every` alone
-    model:Args(pretrain_learner, LEARNER.replace(' loss_func', '')), # The encoder, its decoder, and what is hidden
+    model:Args(pretrain_learner, LEARNER), # The encoder, its decoder, and what is hidden
     fit:Args(Fit), # How it is trained
     probe_every:int=None, # Epochs from one look at what the layers know to the next; needs labels: data.task
     seed:int=0, # Of weights, masks and the order of records
@@ -155,7 +155,7 @@ def last_metrics(learn):
 
 # %% ../nbs/71_trainings.ipynb #trn00002
 def pretrain_first(
-    model:Args(pretrain_learner, LEARNER.replace(' loss_func', '') + ' arch arch_config size'), # What is hidden, and what rebuilds it
+    model:Args(pretrain_learner, LEARNER + ' arch arch_config size'), # What is hidden, and what rebuilds it
     fit:Args(Fit), # How it is trained
     batch_tfms:list=(), # Augmentations of its batches, which need no labels
     arch=None, arch_config=None, size='tiny', data=None, seed=0, out=None):
@@ -169,7 +169,7 @@ def pretrain_first(
 # %% ../nbs/71_trainings.ipynb #158dad4f
 def train(
     data:DATA(prep=None), # Labelled records; prep may be left out where an encoder has its own
-    model:Args(pma_learner, LEARNER, (encoder_stack, readout_learner)), # The encoder and how it is read
+    model:Args(pma_learner, LEARNER + ' loss_func', (encoder_stack, readout_learner)), # The encoder and how it is read
     fit:Args(Fit, epochs=10), # How it is trained
     pretraining:Args(pretrain_first, 'arch arch_config size data seed out', optional=True)=None, # First pretrain the encoder on the training records, without labels
     freeze_epochs:int=1, # Of a pretrained encoder: epochs in which it is left as it is, before all is trained
