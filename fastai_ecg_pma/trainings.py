@@ -12,6 +12,7 @@ import os
 import numpy as np, pandas as pd, torch
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from fastai.callback.training import GradientClip
 from fastai.torch_core import num_distrib, rank_distrib
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,7 @@ class Fit:
     warmup:float = .1           # Share of the training in which it rises
     accumulate:int = 1          # Batches a step of the optimiser
     precision:str = 'float32'   # Or bfloat16, or on a GPU float16
+    clip:float = None           # Longest gradient, over all weights; None: any
     ema:float = None            # Decay of a moving average of the weights, which is then what is validated and kept: .995
     every:int = None            # Batches from one checkpoint to the next; None: one at the end of each epoch
     log:list = ()               # Beside log.csv: tensorboard, wandb
@@ -67,7 +69,7 @@ class Fit:
         "Checkpoints first, then loggers and what was asked for"
         main = rank_distrib() == 0
         return [Checkpoint(Path(out)/'checkpoints', self.every), *(loggers(out, self.log, values) if main else []), *([Accumulate(self.accumulate)] if self.accumulate > 1 else []),
-                *([Autocast(PRECISIONS[self.precision])] if PRECISIONS[self.precision] else []), *([EMA(self.ema)] if self.ema is not None else [])]
+                *([Autocast(PRECISIONS[self.precision])] if PRECISIONS[self.precision] else []), *([GradientClip(self.clip)] if self.clip is not None else []), *([EMA(self.ema)] if self.ema is not None else [])]
 
 def make_dls(data, prep=None):
     "`dls` of a section `data`; where it names no preprocessing, with `prep`"
