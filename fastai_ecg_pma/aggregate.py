@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Fuse', 'mix', 'Layer', 'Last', 'LastMean', 'PPA', 'start_from', 'begin_at', 'Static', 'SignedStatic', 'Concat',
            'GroupMeans', 'PlainNorm', 'SharedNorm', 'OwnNorm', 'mlp_head', 'linear_head', 'class_head', 'fused_width',
-           'ReadOut', 'FusedModel']
+           'ReadOut', 'FusedModel', 'Together']
 
 # %% ../nbs/21_aggregate.ipynb #a971d3d4
 import torch
@@ -208,3 +208,13 @@ class FusedModel(nn.Module):
     def weights(self, x):
         "How much each layer counts for each record: `[bs,n_layers]`, or `[bs,n_layers,n_leads]` where leads have their own. `ValueError` where there are none"
         return self.head.fuse.weights(self.head.normed(self.stack(x), self.backbone.norm))
+
+# %% ../nbs/21_aggregate.ipynb #tog00002
+class Together(nn.Module):
+    "`FusedModel`s of the same outputs that answer together: `x` -> the mean of their logits `[bs,n_out]`"
+    def __init__(self, members):
+        super().__init__()
+        if not len(members): raise ValueError('no members: one model at least is needed')
+        self.members = nn.ModuleList(members)
+
+    def forward(self, x): return torch.stack([m(x) for m in self.members]).mean(0)

@@ -40,7 +40,7 @@ __all__ = ['Concat', 'Fuse', 'GroupMeans', 'Last', 'LastMean', 'Layer', 'OwnNorm
            'save_encoder', 'EcgArray', 'windows_table']
 
 # %% ../nbs/72_all.ipynb #480dabf8
-from .aggregate import Concat, Fuse, GroupMeans, Last, LastMean, Layer, OwnNorm, PlainNorm, PPA, SharedNorm, SignedStatic, Static, class_head, linear_head, mlp_head
+from .aggregate import Concat, Fuse, GroupMeans, Last, LastMean, Layer, OwnNorm, PlainNorm, PPA, SharedNorm, SignedStatic, Static, Together, class_head, linear_head, mlp_head
 from .attend import AttentionPool, Attentive
 from .attention import attention_maps, attention_stats, plot_attention
 from .attribution import Attribution, attribute, drop_leads, gradient_input, integrated_gradients, occlusion, plot_drops

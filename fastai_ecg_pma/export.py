@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from torch import nn
 
+from .aggregate import Together
 from .decide import predictor
 from .folder import versions
 from .predict import ACTIVATIONS, Predictor
@@ -34,10 +35,15 @@ class WindowModel(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, x):
-        m, h = self.model, self.model.stack(x)
-        h = h.reshape(x.shape[0], *map(int, h.shape[1:]))                    # the same; but the exporter has lost by then which sizes are those of x, and which are fixed
-        y = ACTIVATIONS[self.task](m.head(h, m.backbone.norm))
+        act, members = ACTIVATIONS[self.task], self.model.members if isinstance(self.model, Together) else [self.model]
+        hs = [_stack(m, x) for m in members]
+        y = act(sum(m.head(h, m.backbone.norm) for m,h in zip(members, hs))/len(members))
+        m, h = members[0], hs[0]
         return (y, m.head.fuse.weights(m.head.normed(h, m.backbone.norm))) if 'gate' in self.outputs else (y,)
+
+def _stack(m, x):
+    h = m.stack(x)
+    return h.reshape(x.shape[0], *map(int, h.shape[1:]))                     # the same; but the exporter has lost by then which sizes are those of x, and which are fixed
 
 def _without_nan(model):
     "In place: `TSTPlus` no longer looks for NaN, a branch that no graph can hold"

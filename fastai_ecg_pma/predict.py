@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Lock
 from torch import nn
 
-from .aggregate import FusedModel
+from .aggregate import FusedModel, Together
 from .calibrate import MAX_LABELS, Calibration
 from .doctor import check_record
 from .gate import ClassPMA
@@ -59,7 +59,7 @@ ACTIVATIONS = dict(labels=torch.sigmoid, numbers=nn.Identity(), **{'class': part
 @dataclass(repr=False)
 class Predictor:
     "A model with all that it takes to answer for a record"
-    model:FusedModel
+    model:FusedModel             # or several, `Together`
     prep:Preprocess
     labels:list                  # names of the outputs
     task:str = 'labels'          # 'labels' (many a record), 'class' (one), 'numbers'
@@ -89,8 +89,10 @@ class Predictor:
     @torch.no_grad()
     def _outputs(self, x):
         "Windows `[n,n_leads,seq_len]` -> outputs `[n,n_out]`, and weights of layers `[n,n_layers,…]` or None"
-        m = self.model
-        with _ONE_AT_A_TIME: h = m.stack(x.to(next(m.parameters()).device))
+        m, x = self.model, x.to(next(self.model.parameters()).device)
+        if isinstance(m, Together):
+            with _ONE_AT_A_TIME: return ACTIVATIONS[self.task](m(x)).cpu().numpy(), None
+        with _ONE_AT_A_TIME: h = m.stack(x)
         y, z = ACTIVATIONS[self.task](m.head(h, m.backbone.norm)), m.head.normed(h, m.backbone.norm)
         try: w = m.head.fuse.weights(z)
         except ValueError: w = None                                          # it fuses otherwise

@@ -13,11 +13,12 @@ import numpy as np, pandas as pd, torch
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from fastai.callback.training import GradientClip
-from fastai.torch_core import num_distrib, rank_distrib
+from fastai.torch_core import get_model, num_distrib, rank_distrib
 from functools import partial
 from pathlib import Path
 from typing import Optional
 
+from .aggregate import Together
 from .challenges import challenge_dls
 from .checkpoint import Checkpoint
 from .config import Args
@@ -98,10 +99,10 @@ def prepare(out, verb, values, data, arch):
     arch = find_arch(arch)
     return arch, make_dls(data, getattr(arch, 'prep', None))
 
-def begin(out, verb, values, fit):
-    "Write what the run was told, by the first of several processes; the callbacks of `fit`"
-    if rank_distrib() == 0: begin_run(out, verb, values or {})
-    return fit.callbacks(out, values)
+def begin(out, verb, values, fit, part='.'):
+    "Write what the run was told, by the first of several processes; the callbacks of `fit`, which keep what they write in the folder `part` of it"
+    if rank_distrib() == 0: begin_run(out, verb, values or {}); (Path(out)/part).mkdir(exist_ok=True)
+    return fit.callbacks(Path(out)/part, values)
 
 def several(learn):
     "What a training is done in: fastai's `distrib_ctx` where `torchrun` or `accelerate` started several processes"
@@ -177,6 +178,7 @@ def train(
     freeze_epochs:int=1, # Of a pretrained encoder: epochs in which it is left as it is, before all is trained
     lr_mult:float=100, # When all is trained: how much slower the encoder's first layers learn than its head
     frozen:bool=False, # Leave a pretrained encoder as it is throughout: its read-out alone is trained
+    members:int=1, # Models to train, one after the other, from seeds `seed`, `seed+1` …, which then answer together by the mean of their logits
     calibration:Optional[str]='platt', # Of the probabilities, on the validation records: platt, temperature, isotonic; null: none
     thresholds:dict=None, # Decisions, on the validation records: {sensitivity: 0.9}, {specificity: 0.95} or {f1: true}
     seed:int=0, # Of weights and the order of records
@@ -185,6 +187,7 @@ def train(
     "Read an encoder from all of its layers (PMA), fine-tune it, and write a model that answers for a record"
     arch, dls = prepare(out, 'train', values, data, model.keywords.get('arch'))
     check_ends(dls, calibration, thresholds)
+    if members < 1 or members > 1 and num_distrib() > 1: raise ValueError(f'members is {members}: a whole number from 1, and 1 where several processes train')
     pretrained = not (arch is None or is_class(arch)) or model.keywords.get('weights_path') is not None
     if pretraining and pretrained: raise ValueError('pretraining begins with an untrained encoder, and model.arch or model.weights_path names a trained one: leave one of them out')
     pretrained = pretrained or pretraining is not None
@@ -194,11 +197,15 @@ def train(
         begin_run(out, 'train', values or {})
         arch = pretraining(arch=arch, data=data, seed=seed, out=Path(out)/'pretraining', **{k: model.keywords[k] for k in ('arch_config', 'size') if k in model.keywords})
         model = partial(model, arch_config=None)
-    learn = partial(model, arch=arch)(dls, seed=seed)
-    learn.add_cbs(begin(out, 'train', values, fit))
-    with training(learn, 'Training'):
-        if pretrained and not frozen: learn.fine_tune(fit.epochs, fit.lr, freeze_epochs=freeze_epochs, lr_mult=lr_mult, pct_start=fit.warmup)
-        else: learn.fit_one_cycle(fit.epochs, fit.lr, pct_start=fit.warmup)
+    trained = []
+    for i in range(members):
+        learn = partial(model, arch=arch)(dls, seed=seed+i)
+        learn.add_cbs(begin(out, 'train', values, fit, *([f'member{i}'] if members > 1 else [])))
+        with training(learn, 'Training' if members == 1 else f'Training {i+1} of {members}'):
+            if pretrained and not frozen: learn.fine_tune(fit.epochs, fit.lr, freeze_epochs=freeze_epochs, lr_mult=lr_mult, pct_start=fit.warmup)
+            else: learn.fit_one_cycle(fit.epochs, fit.lr, pct_start=fit.warmup)
+        trained.append(get_model(learn.model))
+    if members > 1: learn.model = Together(trained)
     return keep_model(learn, Path(out), calibration, thresholds) if alone() else {}
 
 def check_ends(dls, calibration, thresholds):
@@ -220,9 +227,11 @@ def predictions(rows, dls) -> pd.DataFrame:
 
 def keep_model(learn, out, calibration, thresholds):
     "Calibrate, decide, save and score a trained learner"
+    together = isinstance(learn.model, Together)
+    more = {} if together else last_metrics(learn)
     if getattr(learn.dls, 'vocab', None) is None or not len(learn.dls.vocab):
         save_pma(learn, out/'model')
-        return finish(out, dict(model=str(out/'model'), **last_metrics(learn)))
+        return finish(out, dict(model=str(out/'model'), **more))
     rows = row_scores(learn)
     s = score_dls(*rows, learn.dls)
     predictions(rows, learn.dls).to_csv(out/'predictions.csv', index=False, float_format='%.6g')
@@ -231,6 +240,6 @@ def keep_model(learn, out, calibration, thresholds):
     if table is not None: show_table(table.reset_index(), f'Calibration ({calibration}), on the validation records')
     if thresholds: show_table(decide(learn, **thresholds).reset_index()[['label', 'threshold', 'n_pos', 'sensitivity', 'specificity', 'ppv', 'npv', 'f1']], 'Thresholds, on the validation records')
     save_pma(learn, out/'model', score=s)
-    gate = gate_report(learn).to_dict() if isinstance(learn.model.head.fuse, PMA) and type(learn.model.head.fuse) is PMA else None
+    gate = gate_report(learn).to_dict() if not together and type(learn.model.head.fuse) is PMA else None
     console().print(f'macro-AUROC {s} on {s.n_records} validation records of {s.n_patients} patients. The model is in {out/"model"}; next: ecg-pma predict {out/"model"} RECORD')
-    return finish(out, dict(model=str(out/'model'), score=asdict(s), gate=gate, **last_metrics(learn)))
+    return finish(out, dict(model=str(out/'model'), score=asdict(s), gate=gate, **more))

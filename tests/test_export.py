@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastai_ecg_pma.aggregate import GroupMeans, OwnNorm, class_head, linear_head
+from fastai_ecg_pma.aggregate import GroupMeans, OwnNorm, Together, class_head, linear_head
 from fastai_ecg_pma.attend import AttentionPool, Attentive
 from fastai_ecg_pma.calibrate import Calibration
 from fastai_ecg_pma.thresholds import Thresholds
@@ -93,6 +93,15 @@ def test_of_each_task(dls, task, activation, export, tmp_path):
     with torch.no_grad(): want = activation(p.model(x)).numpy()
     got = dict(export_onnx=onnx_runner, export_program=program_runner)[export.__name__](export(p, tmp_path/'m.pt2'))(x)[0]
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+@pytest.mark.parametrize('export', [export_onnx, export_program])
+def test_several_that_answer_together(dls, export, tmp_path):
+    members = [made(dls, c).model for c in ('PMA', 'TSTPlus', 'concatenation')]
+    p = replace(predictor(made(dls, 'PMA'), score=False), model=Together(members))
+    x = torch.randn(5, 12, 100)
+    with torch.no_grad(): want = torch.sigmoid((members[0](x) + members[1](x) + members[2](x))/3).numpy()
+    got, = dict(export_onnx=onnx_runner, export_program=program_runner)[export.__name__](export(p, tmp_path/'m.pt2'))(x)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 def test_the_model_stays_as_it_was(dls, tmp_path):
     learn = made(dls, 'TSTPlus')

@@ -22,7 +22,7 @@ import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fastai_ecg_pma.aggregate import PPA, Concat, Fuse, GroupMeans, Last, LastMean, Layer, OwnNorm, SharedNorm, SignedStatic, Static, class_head, linear_head
+from fastai_ecg_pma.aggregate import PPA, Concat, Fuse, GroupMeans, Last, LastMean, Layer, OwnNorm, SharedNorm, SignedStatic, Static, Together, class_head, linear_head
 from fastai_ecg_pma.attend import AttentionPool, Attentive
 from fastai_ecg_pma.cache import EcgCache, cache_ecg
 from fastai_ecg_pma.checkpoint import Checkpoint, FellBack, load_best
@@ -37,7 +37,7 @@ from fastai_ecg_pma.headers import BadRecord
 from fastai_ecg_pma.layers import mean_leads, mean_max
 from fastai_ecg_pma.learner import by_record, pma_learner, predict_record, pretrain_learner, row_scores
 from fastai_ecg_pma.decide import calibrate, decide, predictor
-from fastai_ecg_pma.saved import load_pma, save_pma
+from fastai_ecg_pma.saved import load_pma, model_facts, revive_model, save_pma
 from fastai_ecg_pma.ptbxl import ptbxl_dls
 from fastai_ecg_pma.records import Preprocess, read_ecg
 from fastai_ecg_pma.synth import PTBXL_LEADS, simulate_ecg, synth_ptbxl, write_record
@@ -200,6 +200,26 @@ def same_answers(a, b, task, lead_records=3):
     else: assert p.gate.equals(q.gate)
     assert (p.positive is None) == (q.positive is None) and (p.positive is None or p.positive.equals(q.positive))
     return p
+
+def test_several_that_answer_together_travel(tmp_path):
+    members = [learner_of(**kw).model for kw in (dict(), READOUTS['leads'], ENCODERS['TSTPlus'])]
+    p = replace(predictor(learner_of(), score=False), model=Together(members))
+    save_pma(p, tmp_path/'m')
+    answer = same_answers(p, load_pma(tmp_path/'m'), 'labels')
+    assert answer.gate is None and '3 that answer together' in (tmp_path/'m'/'README.md').read_text()
+    x = torch.as_tensor(X[:4])
+    with torch.no_grad(): assert torch.allclose(load_pma(tmp_path/'m').model(x), sum(m.eval()(x) for m in members)/3, atol=1e-6)
+
+@pytest.mark.parametrize('n,says', [(0, 'list of 1 to'), (1, 'of no member'), (101, 'list of 1 to')])
+def test_members_that_a_file_counts_wrongly(n, says):
+    model = Together([learner_of().model, learner_of().model])
+    facts = model_facts(model)
+    with pytest.raises(ValueError, match=says): revive_model(dict(members=(facts['members']*51)[:n]), model.state_dict(), PREP)
+
+def test_members_of_an_encoder_that_has_no_name(tmp_path):
+    learn = learner_of(**THEIRS['an encoder of theirs'][0])
+    with pytest.raises(ValueError): save_pma(replace(predictor(learn, score=False), model=Together([learn.model]*2)), tmp_path/'m')
+    assert not (tmp_path/'m').exists()
 
 @pytest.mark.parametrize('name', [*READOUTS, *ENCODERS, *TASKS])
 def test_every_kind_travels(name, tmp_path):

@@ -15,7 +15,7 @@ from fastai_ecg_pma.ptbxl import ptbxl_dls
 from fastai_ecg_pma.scale import Autocast
 from fastai_ecg_pma.trainings import predictions
 from fastai_ecg_pma.tune import EMA
-from recipes import epochs, folder_of, folds, recipe, timed
+from recipes import GROUPS, epochs, folder_of, folds, recipe, timed
 
 def small_dls(args, seed, share, g, **kwargs): return ptbxl_dls(args.folder, cache=args.work/'cache', **folds(g, share, seed), **kwargs)
 
@@ -45,9 +45,25 @@ NETWORKS = dict(inception_time=InceptionTimePlus, xresnet1d18=xresnet1d18plus)
 
 def closed_form(args, name, seed, share, g):
     dls = small_dls(args, seed, share, g)
-    (a, y), (b, truth) = ((torch.stack([r[0].as_subclass(torch.Tensor) for r in d]), np.stack([np.asarray(r[1], dtype=float) for r in d])) for d in (dls.train.dataset, dls.valid.dataset))
-    a, b = CLOSED[name](a, b, seed)
+    (a, y), (b, truth) = (arrays(d) for d in (dls.train.dataset, dls.valid.dataset))
+    a, b = CLOSED[name](args, seed, dls, a, b)
     return (kernel_ridge(a.astype(float), y, b.astype(float)), truth), dls
+
+def arrays(dataset):
+    "Records `[n,n_leads,seq_len]` and targets `[n,n_classes]`"
+    return torch.stack([r[0].as_subclass(torch.Tensor) for r in dataset]), np.stack([np.asarray(r[1], dtype=float) for r in dataset])
+
+def kernels(args, seed, dls, a, b):
+    "Features of random convolutions of the records of both splits. They are of a record alone, so those of all are kept in WORK"
+    file, path = args.work/f'kernels_{seed}.npz', np.array([p.as_posix() for p in dls.paths])
+    if not file.exists():
+        every = small_dls(args, seed, 1., len(GROUPS)-1)
+        parts = [every.train.dataset, every.valid.dataset]
+        at = np.concatenate([np.asarray(d.split_idxs) for d in parts])
+        np.savez(file, records=[every.paths[i].as_posix() for i in at], features=convolved(torch.cat([arrays(d)[0] for d in parts]), seed))
+    kept = np.load(file)
+    of = dict(zip(kept['records'], kept['features']))
+    return (np.stack([of[path[i]] for i in d.split_idxs]) for d in (dls.train.dataset, dls.valid.dataset))
 
 def convolved(x, seed, n=1500):
     "`[n_records,n_leads,seq_len]` -> maximum and share positive of `n` random convolutions of some leads, `[n_records,2*n]`"
@@ -74,10 +90,10 @@ def kernel_ridge(a, y, b, widths=(.25, .5, 1, 2), penalties=np.logspace(-3, 2, 1
             best = max(best, (macro_auroc(left_out, y), width, tuple(map(tuple, c))), key=lambda t: t[0])
     return np.exp(-best[1]*square(b, a)/np.median(d))@np.array(best[2]) + m
 
-def minirocket(a, b, seed):
-    "Features of `a`, whose quantiles they are fitted to, and of `b`"
+def minirocket(args, seed, dls, a, b):
+    "Features of `a`, to whose quantiles they are fitted, and of `b`"
     f = MiniRocketFeatures(a.shape[1], a.shape[2], random_state=seed)
     f.fit(a.numpy(), chunksize=256)
     return (get_minirocket_features(x, f, chunksize=64)[...,0] for x in (a, b))
 
-CLOSED = dict(kernels=lambda a, b, seed: (convolved(a, seed), convolved(b, seed)), minirocket=minirocket)
+CLOSED = dict(kernels=kernels, minirocket=minirocket)
