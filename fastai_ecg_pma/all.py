@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Concat', 'Fuse', 'GroupMeans', 'Last', 'LastMean', 'Layer', 'OwnNorm', 'PlainNorm', 'PPA', 'SharedNorm',
-           'SignedStatic', 'Static', 'class_head', 'linear_head', 'mlp_head', 'AttentionPool', 'Attentive',
+           'SignedStatic', 'Static', 'Together', 'class_head', 'linear_head', 'mlp_head', 'AttentionPool', 'Attentive',
            'attention_maps', 'attention_stats', 'plot_attention', 'Attribution', 'attribute', 'drop_leads',
            'gradient_input', 'integrated_gradients', 'occlusion', 'plot_drops', 'BaselineWander', 'LeadCutMix',
            'LeadDropout', 'LeadMixUp', 'Noise', 'Powerline', 'Scale', 'Shift', 'Stretch', 'TimeMask', 'show_augment',
@@ -99,7 +99,7 @@ from .weights import load_encoder, save_encoder
 from .windows import EcgArray, windows_table
 
 # %% ../nbs/72_all.ipynb #3648bb2e
-_all_ = ['Concat', 'Fuse', 'GroupMeans', 'Last', 'LastMean', 'Layer', 'OwnNorm', 'PlainNorm', 'PPA', 'SharedNorm', 'SignedStatic', 'Static', 'class_head',
+_all_ = ['Concat', 'Fuse', 'GroupMeans', 'Last', 'LastMean', 'Layer', 'OwnNorm', 'PlainNorm', 'PPA', 'SharedNorm', 'SignedStatic', 'Static', 'Together', 'class_head',
          'linear_head', 'mlp_head', 'AttentionPool', 'Attentive', 'attention_maps', 'attention_stats', 'plot_attention', 'Attribution', 'attribute', 'drop_leads',
          'gradient_input', 'integrated_gradients', 'occlusion', 'plot_drops', 'BaselineWander', 'LeadCutMix', 'LeadDropout', 'LeadMixUp', 'Noise', 'Powerline',
          'Scale', 'Shift', 'Stretch', 'TimeMask', 'show_augment', 'find_blocks', 'EcgHybrid', 'HybridEncoder', 'EcgCache', 'RecordsSetAside', 'StaleCache', 'cache_ecg', 'Calibration', 'FewPositives',
