@@ -10,7 +10,8 @@ scored on fold 9. Nothing is chosen by the records that are scored: models are t
 Runs stay in WORK and are not made again; one that was interrupted goes on. Tables in OUT are added to:
 runs.csv     recipe, share of the labels, seed, group, macro-AUROC, minutes (of the training; of the pretraining in the row of the first group)
 table.csv    recipe, or several `--together`, whose scores are averaged over them and over seeds: mean over groups (median over seeds) with its spread over groups, fold 9 with its 95 % interval (patients drawn
-             again), the protocol's hash, and the paired difference to `kernels`, mean over groups, with its interval
+             again), the protocol's hash, and with its interval the paired difference, mean over groups, to `kernels`; and of a recipe with a change
+             to the recipe without it
 """
 import argparse
 from pathlib import Path
@@ -64,9 +65,10 @@ def row(args, name, share, ps, said):
     if (last := len(GROUPS)-1) in args.groups:
         i = args.groups.index(last); s = score(ps[i], ys[i], patients[i])
         out |= dict(fold9=s.point, fold9_low=s.low, fold9_high=s.high, protocol=small_dls(args, 0, share, last).protocol.on('valid').hash)
-    if 'kernels' in args.recipes and name != 'kernels':
-        d = paired([(p, np.stack([pair(said['kernels',s,g])[0] for s in args.seeds]), y, who) for p,g,y,who in zip(ps, args.groups, ys, patients)])
-        out |= dict(zip(('difference', 'd_low', 'd_high'), d))
+    for other,to in (('kernels', 'difference d_low d_high'), (name.split(' ')[0], 'change c_low c_high')):
+        if other not in args.recipes or other == name or '+' in name and other != 'kernels': continue
+        d = paired([(p, np.stack([pair(said[other,s,g])[0] for s in args.seeds]), y, who) for p,g,y,who in zip(ps, args.groups, ys, patients)])
+        out |= dict(zip(to.split(), d))
     return out
 
 def paired(groups):
