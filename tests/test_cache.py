@@ -163,13 +163,13 @@ def test_ctrl_c_ends_builder_and_workers_and_loses_nothing(folder, tmp_path):
     until = time.time() + 30
     while sum(map(ignores_ctrl_c, members(p.pid))) < 6 and time.time() < until: time.sleep(.01)    # six workers, two of them idle
     os.killpg(p.pid, signal.SIGINT)                                          # a terminal's Ctrl-C reaches all of them
-    _, err = p.communicate(timeout=30)
+    _, err = p.communicate(timeout=60)
     assert p.returncode != 0 and err.count('Traceback') == err.count('KeyboardInterrupt') == 1, err
     assert members(p.pid) == [] and n_lines(tmp_path/'cache') <= 4
     build(folder, tmp_path/'cache', n=4); build(folder, tmp_path/'want', n=4)
     assert files(tmp_path/'cache') == files(tmp_path/'want')
 
-def slow(f): return lambda *args: time.sleep(5) or f(*args)       # Ctrl-C comes while all of them sleep, on a busy machine too
+def slow(f): return lambda *args: time.sleep(20) or f(*args)       # Ctrl-C comes while all of them sleep, on a busy machine too
 
 
 class Deadly(Preprocess):
