@@ -94,6 +94,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'fastai_ecg_pma/aggregate.py'),
                                           'fastai_ecg_pma.aggregate.linear_head': ( 'aggregate.html#linear_head',
                                                                                     'fastai_ecg_pma/aggregate.py'),
+                                          'fastai_ecg_pma.aggregate.members_of': ( 'aggregate.html#members_of',
+                                                                                   'fastai_ecg_pma/aggregate.py'),
                                           'fastai_ecg_pma.aggregate.mix': ('aggregate.html#mix', 'fastai_ecg_pma/aggregate.py'),
                                           'fastai_ecg_pma.aggregate.mlp_head': ('aggregate.html#mlp_head', 'fastai_ecg_pma/aggregate.py'),
                                           'fastai_ecg_pma.aggregate.start_from': ( 'aggregate.html#start_from',

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Fuse', 'mix', 'Layer', 'Last', 'LastMean', 'PPA', 'start_from', 'begin_at', 'Static', 'SignedStatic', 'Concat',
            'GroupMeans', 'PlainNorm', 'SharedNorm', 'OwnNorm', 'mlp_head', 'linear_head', 'class_head', 'fused_width',
-           'ReadOut', 'FusedModel', 'Together']
+           'ReadOut', 'FusedModel', 'Together', 'members_of']
 
 # %% ../nbs/21_aggregate.ipynb #a971d3d4
 import torch
@@ -218,3 +218,7 @@ class Together(nn.Module):
         self.members = nn.ModuleList(members)
 
     def forward(self, x): return torch.stack([m(x) for m in self.members]).mean(0)
+
+def members_of(model):
+    "The `FusedModel`s of `Together`, or the one that `model` is"
+    return list(model.members) if isinstance(model, Together) else [model]

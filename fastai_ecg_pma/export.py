@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from torch import nn
 
-from .aggregate import Together
+from .aggregate import members_of
 from .decide import predictor
 from .folder import versions
 from .predict import ACTIVATIONS, Predictor
@@ -35,7 +35,7 @@ class WindowModel(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, x):
-        act, members = ACTIVATIONS[self.task], self.model.members if isinstance(self.model, Together) else [self.model]
+        act, members = ACTIVATIONS[self.task], members_of(self.model)
         hs = [_stack(m, x) for m in members]
         y = act(sum(m.head(h, m.backbone.norm) for m,h in zip(members, hs))/len(members))
         m, h = members[0], hs[0]

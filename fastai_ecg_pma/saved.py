@@ -11,7 +11,7 @@ import torch, yaml
 from dataclasses import replace
 from fastcore.basics import patch
 
-from .aggregate import FusedModel, Together
+from .aggregate import FusedModel, Together, members_of
 from .calibrate import Calibration
 from .folder import read_folder, write_folder
 from .layers import LayerStack
@@ -123,7 +123,7 @@ load_pma("this folder").predict("path/to/a/wfdb/record")
 - **Windows** of a record become one by their {p.aggregate}'''
 
 def _card_model(p):
-    members = p.model.members if isinstance(p.model, Together) else [p.model]
+    members = members_of(p.model)
     m, fuse = members[0], members[0].head.fuse
     n = lambda m: f'{sum(v.numel() for v in m.parameters()):,}'
     several = f'{len(members)} that answer together, each a ' if len(members) > 1 else ''
@@ -139,6 +139,6 @@ def _card_score(p):
     return '\n'.join(lines)
 
 def _card_source(p):
-    s = getattr((p.model.members[0] if isinstance(p.model, Together) else p.model).backbone.encoder, 'source', None)
+    s = getattr(members_of(p.model)[0].backbone.encoder, 'source', None)
     if not s: return ''
     return f'The encoder began as `{s.get("file")}` ({s.get("schema")}, SHA-256 {s.get("sha256")}): the licence of those weights holds for these, too. Those that ST-MEM published are CC BY-NC 4.0.'

@@ -33,7 +33,7 @@ from .monitor import ProbeLayers
 from .ptbxl import ptbxl_dls
 from .results import console, finish, save_figure, show_table
 from .runs import begin_run, check_run, loggers, showing, stoppable
-from .saved import save_pma
+from .saved import MAX_MEMBERS, save_pma
 from .scale import Accumulate, Autocast
 from .thresholds import choose_thresholds
 from .tune import EMA
@@ -187,7 +187,7 @@ def train(
     "Read an encoder from all of its layers (PMA), fine-tune it, and write a model that answers for a record"
     arch, dls = prepare(out, 'train', values, data, model.keywords.get('arch'))
     check_ends(dls, calibration, thresholds)
-    if members < 1 or members > 1 and num_distrib() > 1: raise ValueError(f'members is {members}: a whole number from 1, and 1 where several processes train')
+    if not 1 <= members <= MAX_MEMBERS or members > 1 and num_distrib() > 1: raise ValueError(f'members is {members}: a whole number from 1 to {MAX_MEMBERS}, and 1 where several processes train')
     pretrained = not (arch is None or is_class(arch)) or model.keywords.get('weights_path') is not None
     if pretraining and pretrained: raise ValueError('pretraining begins with an untrained encoder, and model.arch or model.weights_path names a trained one: leave one of them out')
     pretrained = pretrained or pretraining is not None
@@ -200,7 +200,7 @@ def train(
     trained = []
     for i in range(members):
         learn = partial(model, arch=arch)(dls, seed=seed+i)
-        learn.add_cbs(begin(out, 'train', values, fit, *([f'member{i}'] if members > 1 else [])))
+        learn.add_cbs(begin(out, 'train', values, fit, f'member{i}' if members > 1 else '.'))
         with training(learn, 'Training' if members == 1 else f'Training {i+1} of {members}'):
             if pretrained and not frozen: learn.fine_tune(fit.epochs, fit.lr, freeze_epochs=freeze_epochs, lr_mult=lr_mult, pct_start=fit.warmup)
             else: learn.fit_one_cycle(fit.epochs, fit.lr, pct_start=fit.warmup)

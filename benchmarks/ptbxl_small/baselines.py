@@ -8,6 +8,7 @@ from torch.nn.functional import conv1d
 from tsai.models.InceptionTimePlus import InceptionTimePlus
 from tsai.models.MINIROCKET_Pytorch import MiniRocketFeatures, get_minirocket_features
 from tsai.models.XResNet1dPlus import xresnet1d18plus
+from fastai_ecg_pma.features import labelled
 from fastai_ecg_pma.learner import row_scores
 from fastai_ecg_pma.metrics import macro_auroc
 from fastai_ecg_pma.parts import PARTS, part
@@ -32,7 +33,8 @@ def baseline(args, name, seed, share, g):
 
 def network(args, name, seed, share, g):
     "From random weights, as scratch.yaml says"
-    c, fit = recipe('scratch').values, recipe('scratch').values['fit']
+    c = recipe('scratch').values
+    fit = c['fit']
     set_seed(seed, reproducible=True)
     dls = small_dls(args, seed, share, g, batch_tfms=[part(t, PARTS['batch_tfms'])() for t in c['data']['batch_tfms']])
     learn = Learner(dls, NETWORKS[name](dls.train.dataset[0][0].shape[0], len(dls.vocab), dls.train.dataset[0][0].shape[1]), loss_func=BCEWithLogitsLossFlat(), wd=.05, cbs=[Autocast(torch.bfloat16), EMA(fit['ema']), GradientClip(fit['clip'])])
@@ -45,22 +47,17 @@ NETWORKS = dict(inception_time=InceptionTimePlus, xresnet1d18=xresnet1d18plus)
 
 def closed_form(args, name, seed, share, g):
     dls = small_dls(args, seed, share, g)
-    (a, y), (b, truth) = (arrays(d) for d in (dls.train.dataset, dls.valid.dataset))
+    (a, y), (b, truth) = (labelled(dls, i) for i in (0, 1))
     a, b = CLOSED[name](args, seed, dls, a, b)
-    return (kernel_ridge(a.astype(float), y, b.astype(float)), truth), dls
-
-def arrays(dataset):
-    "Records `[n,n_leads,seq_len]` and targets `[n,n_classes]`"
-    return torch.stack([r[0].as_subclass(torch.Tensor) for r in dataset]), np.stack([np.asarray(r[1], dtype=float) for r in dataset])
+    return (kernel_ridge(a.astype(float), y.astype(float), b.astype(float)), truth), dls
 
 def kernels(args, seed, dls, a, b):
     "Features of random convolutions of the records of both splits. They are of a record alone, so those of all are kept in WORK"
     file, path = args.work/f'kernels_{seed}.npz', np.array([p.as_posix() for p in dls.paths])
     if not file.exists():
         every = small_dls(args, seed, 1., len(GROUPS)-1)
-        parts = [every.train.dataset, every.valid.dataset]
-        at = np.concatenate([np.asarray(d.split_idxs) for d in parts])
-        np.savez(file, records=[every.paths[i].as_posix() for i in at], features=convolved(torch.cat([arrays(d)[0] for d in parts]), seed))
+        at = np.concatenate([np.asarray(every[i].dataset.split_idxs) for i in (0, 1)])
+        np.savez(file, records=[every.paths[i].as_posix() for i in at], features=convolved(torch.cat([labelled(every, i)[0] for i in (0, 1)]), seed))
     kept = np.load(file)
     of = dict(zip(kept['records'], kept['features']))
     return (np.stack([of[path[i]] for i in d.split_idxs]) for d in (dls.train.dataset, dls.valid.dataset))
@@ -87,8 +84,8 @@ def kernel_ridge(a, y, b, widths=(.25, .5, 1, 2), penalties=np.logspace(-3, 2, 1
         for penalty in penalties:
             c = q@((q.T@(y-m))/(w+penalty)[:,None])
             left_out = y - c/((q**2)/(w+penalty)).sum(1)[:,None]
-            best = max(best, (macro_auroc(left_out, y), width, tuple(map(tuple, c))), key=lambda t: t[0])
-    return np.exp(-best[1]*square(b, a)/np.median(d))@np.array(best[2]) + m
+            best = max(best, (macro_auroc(left_out, y), width, c), key=lambda t: t[0])
+    return np.exp(-best[1]*square(b, a)/np.median(d))@best[2] + m
 
 def minirocket(args, seed, dls, a, b):
     "Features of `a`, to whose quantiles they are fitted, and of `b`"

@@ -66,7 +66,7 @@ def row(args, name, share, ps, said):
         i = args.groups.index(last); s = score(ps[i], ys[i], patients[i])
         out |= dict(fold9=s.point, fold9_low=s.low, fold9_high=s.high, protocol=small_dls(args, 0, share, last).protocol.on('valid').hash)
     for other,to in (('kernels', 'difference d_low d_high'), (name.split(' ')[0], 'change c_low c_high')):
-        if other not in args.recipes or other == name or '+' in name and other != 'kernels': continue
+        if other not in args.recipes or other == name: continue
         d = paired([(p, np.stack([pair(said[other,s,g])[0] for s in args.seeds]), y, who) for p,g,y,who in zip(ps, args.groups, ys, patients)])
         out |= dict(zip(to.split(), d))
     return out
