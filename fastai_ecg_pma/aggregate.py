@@ -188,9 +188,12 @@ class ReadOut(nn.Module):
         "The stack as `fuse` sees it"
         return norm(self.layer_norm(h)) if self.fuse.norm_first else self.layer_norm(h)
 
-    def forward(self, h, norm):
+    def fused(self, h, norm):
+        "What `classifier` is given, `[bs,width]`"
         z = self.fuse(self.normed(h, norm))
-        return self.classifier((z if self.fuse.norm_first else norm(z)).flatten(1))
+        return (z if self.fuse.norm_first else norm(z)).flatten(1)
+
+    def forward(self, h, norm): return self.classifier(self.fused(h, norm))
 
 # %% ../nbs/21_aggregate.ipynb #a7af1f67
 class FusedModel(nn.Module):

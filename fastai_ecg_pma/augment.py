@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Augment', 'recorded', 'show_augment', 'Shift', 'Stretch', 'Scale', 'BaselineWander', 'Noise', 'Powerline',
-           'LeadDropout', 'TimeMask', 'LeadMix', 'LeadCutMix', 'LeadMixUp']
+           'LeadDropout', 'TimeMask', 'LeadMix', 'LeadCutMix', 'LeadMixUp', 'SmoothLabels']
 
 # %% ../nbs/19_augment.ipynb #bcb4e612
 import math
@@ -271,7 +271,28 @@ class LeadCutMix(LeadMix):
         return (rank < k).float()
 
 class LeadMixUp(LeadMix):
-    "Blends each lead of a record with the other's, at a weight of its own below a half"
+    "Blends each lead of a record with the other's, at a weight of its own below a half; or all leads at one weight, so that they still fit together"
+    def __init__(self, alpha:float=1., p:float=.5, # As for `LeadMix`
+        by_lead:bool=True, # Each lead its own weight
+    ):
+        self.by_lead = by_lead
+        super().__init__(alpha, p)
+
     def weights(self, both):
-        "`[bs,n_leads,1]`: from 0 to a half"
-        return self._less_than_half(*both.shape, device=both.device)
+        "`[bs,n_leads,1]` or `[bs,1,1]`: from 0 to a half"
+        return self._less_than_half(len(both), both.shape[1] if self.by_lead else 1, 1, device=both.device)
+
+# %% ../nbs/19_augment.ipynb #smo00002
+class SmoothLabels(ItemTransform, RandTransform):
+    "0/1 targets of a training batch become `share/2` and `1-share/2`"
+    order = 94                                                               # after records were mixed
+    def __init__(self, share:float=.05): # How far 0 and 1 come nearer to each other
+        _within(0, 1, share=share)
+        store_attr(); super().__init__(p=1)
+
+    def before_call(self, b, split_idx): pass
+
+    def encodes(self, b:list):
+        x,*y = b
+        if odd := [t.dtype for t in y if not t.is_floating_point()]: raise ValueError(f'targets are {odd[0]}, one class a record, which cannot be smoothed: give the loss label_smoothing, CrossEntropyLossFlat(label_smoothing=…)')
+        return [x, *(_like(t, t.as_subclass(Tensor)*(1-self.share) + self.share/2) for t in y)]

@@ -11,7 +11,7 @@ from functools import partial
 
 from .aggregate import Concat, GroupMeans, Last, LastMean, Layer, OwnNorm, PlainNorm, PPA, SharedNorm, SignedStatic, Static, class_head, linear_head, mlp_head
 from .attend import AttentionPool, Attentive
-from .augment import BaselineWander, LeadCutMix, LeadDropout, LeadMixUp, Noise, Powerline, Scale, Shift, Stretch, TimeMask
+from .augment import BaselineWander, LeadCutMix, LeadDropout, LeadMixUp, Noise, Powerline, Scale, Shift, SmoothLabels, Stretch, TimeMask
 from .challenges import where
 from .gate import ClassPMA, LeadPMA, PMA, top_k
 from .layers import class_token, mean_leads, mean_max, mean_tokens
@@ -31,7 +31,7 @@ PARTS = dict(                           # argument: what it may be
     pool=_named(mean_tokens, mean_max, mean_leads, class_token),
     mask=_named(per_lead, same_times, whole_leads, time_blocks, mixture),
     loss_func=_named(masked_mse),
-    batch_tfms=_named(Shift, Stretch, Scale, BaselineWander, Noise, Powerline, LeadDropout, TimeMask, LeadCutMix, LeadMixUp),
+    batch_tfms=_named(Shift, Stretch, Scale, BaselineWander, Noise, Powerline, LeadDropout, TimeMask, LeadCutMix, LeadMixUp, SmoothLabels),
     probe=_named(ridge_probe, knn_probe, mlp_probe),
     windows=_named(mitbih_beats, mitbih_rhythms),
     valid=_named(where))
