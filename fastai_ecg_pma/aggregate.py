@@ -106,9 +106,15 @@ class SignedStatic(Fuse):
 
 # %% ../nbs/21_aggregate.ipynb #073266e3
 class Concat(Fuse):
-    "Layers 1…L side by side: `z` `[bs,n_layers*d]`, with leads kept apart `[bs,n_leads,n_layers*d]`"
+    "Layers 1…L side by side: `z` `[bs,n_layers*d]`, with leads kept apart `[bs,n_leads,n_layers*d]`; with `embeddings` these before them"
     norm_first = True
-    def forward(self, h): return self.layers(h).movedim(1, -2).flatten(-2)
+    def __init__(self, n_layers:int, d:int, embeddings:bool=False):
+        super().__init__(n_layers, d)
+        self.embeddings = embeddings
+
+    def forward(self, h):
+        layers = self.layers(h)
+        return (h if self.embeddings else layers).movedim(1, -2).flatten(-2)
 
 class GroupMeans(Fuse):
     "The mean of each of `n_groups` runs of consecutive layers, side by side: one group is the mean of all, as many as layers are `Concat`"

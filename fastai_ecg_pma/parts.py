@@ -14,7 +14,7 @@ from .attend import AttentionPool, Attentive
 from .augment import BaselineWander, LeadCutMix, LeadDropout, LeadMixUp, Noise, Powerline, Scale, Shift, SmoothLabels, Stretch, TimeMask
 from .challenges import where
 from .gate import ClassPMA, LeadPMA, PMA, top_k
-from .layers import class_token, mean_leads, mean_max, mean_tokens
+from .layers import class_token, mean_leads, mean_max, mean_max_sd, mean_tokens
 from .masking import masked_mse, mixture, per_lead, same_times, time_blocks, whole_leads
 from .mitbih import mitbih_beats, mitbih_rhythms
 from .probe import knn_probe, mlp_probe, ridge_probe
@@ -28,7 +28,7 @@ PARTS = dict(                           # argument: what it may be
     head=_named(mlp_head, linear_head, class_head),
     layer_norm=_named(PlainNorm, SharedNorm, OwnNorm),
     token_pool=_named(AttentionPool),
-    pool=_named(mean_tokens, mean_max, mean_leads, class_token),
+    pool=_named(mean_tokens, mean_max, mean_max_sd, mean_leads, class_token),
     mask=_named(per_lead, same_times, whole_leads, time_blocks, mixture),
     loss_func=_named(masked_mse),
     batch_tfms=_named(Shift, Stretch, Scale, BaselineWander, Noise, Powerline, LeadDropout, TimeMask, LeadCutMix, LeadMixUp, SmoothLabels),

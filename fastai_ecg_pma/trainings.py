@@ -173,7 +173,7 @@ def pretrain_first(
 # %% ../nbs/71_trainings.ipynb #trn00004
 BESIDE = dict(
     kernels = lambda dls, model, seed: kernels_learner(dls, seed=seed),
-    layers = lambda dls, model, seed: solve(model(dls, readout=Concat, head=linear_head, layer_norm=None, token_pool=None, seed=seed)))
+    layers = lambda dls, model, seed: solve(model(dls, readout=partial(Concat, embeddings=True), head=linear_head, layer_norm=None, token_pool=None, seed=seed)))
 
 def check_members(dls, members, beside, pretrained):
     if odd := [k for k in beside if k not in BESIDE]: raise ValueError(f'beside is {beside}: of {", ".join(BESIDE)}')

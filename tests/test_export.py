@@ -13,6 +13,7 @@ from fastai_ecg_pma.aggregate import GroupMeans, OwnNorm, Together, class_head, 
 from fastai_ecg_pma.attend import AttentionPool, Attentive
 from fastai_ecg_pma.calibrate import Calibration
 from fastai_ecg_pma.thresholds import Thresholds
+from fastai_ecg_pma.closed_form import kernels_learner
 from fastai_ecg_pma.compare import MORE_READOUTS
 from fastai_ecg_pma.data import ecg_dls
 from fastai_ecg_pma.encoder import make_vit
@@ -96,7 +97,7 @@ def test_of_each_task(dls, task, activation, export, tmp_path):
 
 @pytest.mark.parametrize('export', [export_onnx, export_program])
 def test_several_that_answer_together(dls, export, tmp_path):
-    members = [made(dls, c).model for c in ('PMA', 'TSTPlus', 'concatenation')]
+    members = [*(made(dls, c).model for c in ('PMA', 'concatenation')), kernels_learner(dls, 60, segment=30).model]
     p = replace(predictor(made(dls, 'PMA'), score=False), model=Together(members))
     x = torch.randn(5, 12, 100)
     with torch.no_grad(): want = torch.sigmoid((members[0](x) + members[1](x) + members[2](x))/3).numpy()

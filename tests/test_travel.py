@@ -26,6 +26,7 @@ from fastai_ecg_pma.aggregate import PPA, Concat, Fuse, GroupMeans, Last, LastMe
 from fastai_ecg_pma.attend import AttentionPool, Attentive
 from fastai_ecg_pma.cache import EcgCache, cache_ecg
 from fastai_ecg_pma.checkpoint import Checkpoint, FellBack, load_best
+from fastai_ecg_pma.closed_form import kernels_learner
 from fastai_ecg_pma.compare import PMA_DEFAULT
 from fastai_ecg_pma.data import ecg_dls
 from fastai_ecg_pma.encoder import make_vit
@@ -202,13 +203,23 @@ def same_answers(a, b, task, lead_records=3):
     return p
 
 def test_several_that_answer_together_travel(tmp_path):
-    members = [learner_of(**kw).model for kw in (dict(), READOUTS['leads'], ENCODERS['TSTPlus'])]
+    members = [learner_of(**kw).model for kw in (dict(), READOUTS['leads'])] + [kernels_learner(of_task('labels'), 60).model]
     p = replace(predictor(learner_of(), score=False), model=Together(members))
     save_pma(p, tmp_path/'m')
     answer = same_answers(p, load_pma(tmp_path/'m'), 'labels')
-    assert answer.gate is None and '3 that answer together' in (tmp_path/'m'/'README.md').read_text()
+    card = (tmp_path/'m'/'README.md').read_text()
+    assert answer.gate is None and '3 that answer together' in card and card.count('1 × ViT1d') == 2 and '1 × RandomKernels (60 kernels)' in card
     x = torch.as_tensor(X[:4])
     with torch.no_grad(): assert torch.allclose(load_pma(tmp_path/'m').model(x), sum(m.eval()(x) for m in members)/3, atol=1e-6)
+
+def test_random_kernels_travel(tmp_path):
+    p = predictor(kernels_learner(of_task('labels'), 60), score=False)
+    save_pma(p, tmp_path/'m')
+    same_answers(p, load_pma(tmp_path/'m'), 'labels')
+    facts, state = model_facts(p.model), p.model.state_dict()
+    facts['backbone']['args']['n'] = 10**9                                   # neither drawn nor allocated
+    with pytest.raises(ValueError): revive_model(facts, state, PREP)
+    with pytest.raises(ValueError, match='neither of the encoder'): revive_model(model_facts(p.model), {**state, 'more': torch.ones(1)}, PREP)
 
 @pytest.mark.parametrize('n,says', [(0, 'list of 1 to'), (1, 'of no member'), (101, 'list of 1 to')])
 def test_members_that_a_file_counts_wrongly(n, says):

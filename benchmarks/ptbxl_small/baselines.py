@@ -94,3 +94,4 @@ def minirocket(args, seed, dls, a, b):
     return (get_minirocket_features(x, f, chunksize=64)[...,0] for x in (a, b))
 
 CLOSED = dict(kernels=kernels, minirocket=minirocket)
+BASELINES = (*CLOSED, *NETWORKS)

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/ptbxl_small/run.py PTBXL_FOLDER --work WORK [--out benchmarks/ptbxl_small] [--recipes kernels hybrid …] [--together hybrid+kernels …] [--seeds 0 …] [--shares 1 …] [--groups 0 1 2 3 4]
 
-A recipe is a YAML file beside this script, for `ecg-pma train`, also with changes as in the shell: "hybrid model.readout=Concat". Baselines: `kernels`, 1,500 random convolutions (max and share positive), and `minirocket`, 10,000 features of tsai's, both read by kernel ridge
+A recipe is a YAML file beside this script, for `ecg-pma train`, also with changes as in the shell: "hybrid model.readout=Last"; of one whose members answer together, `member0@hybrid` is what that one says. Baselines: `kernels`, 1,500 random convolutions (max and share positive), and `minirocket`, 10,000 features of tsai's, both read by kernel ridge
 regression; `inception_time` and `xresnet1d18`, networks of tsai, trained as scratch.yaml says. What a recipe pretrains is pretrained once for each seed, on folds 1-8 without labels. Then for each group of folds
 (1,2 · 3,4 · 5,6 · 7,8 · 9) a model is trained on the rest of folds 1-9, or on a share of their labels in as many steps, and scored on the group; the last group is the usual split, trained on folds 1-8 and
 scored on fold 9. Nothing is chosen by the records that are scored: models are those at the end of training.
@@ -19,10 +19,12 @@ import numpy as np, pandas as pd
 from fastai_ecg_pma.intervals import compare, score
 from fastai_ecg_pma.metrics import macro_auroc
 from recipes import GROUPS, HERE, encoder, folder_of, recipe, trained
-from baselines import CLOSED, NETWORKS, baseline, small_dls
+from baselines import BASELINES, baseline, small_dls
 
 def predicted(args, name, seed, share, g):
-    t = (baseline if name in {**CLOSED, **NETWORKS} else trained)(args, name, seed, share, g)
+    member, _, of = name.rpartition('@')
+    t = (baseline if of in BASELINES else trained)(args, of, seed, share, g)
+    if member: t = pd.read_csv(folder_of(args, of, seed, share, g)/member/'predictions.csv')
     print(name, f'seed {seed}, share {share:g}, group {g}: {macro_auroc(*pair(t)):.4f}', flush=True)
     return t
 
@@ -52,8 +54,9 @@ def pair(t):
 
 def minutes(args, name, seed, share, g):
     "Of the training; with the pretraining, which is done once, in the first group"
+    name = name.rpartition('@')[2]
     of = [folder_of(args, name, seed, share, g)]
-    if g == args.groups[0] and name not in {**CLOSED, **NETWORKS} and (c := recipe(name)).values['pretraining']: of.append(encoder(args, c, seed))
+    if g == args.groups[0] and name not in BASELINES and (c := recipe(name)).values['pretraining']: of.append(encoder(args, c, seed))
     return sum(float((f/'minutes').read_text()) for f in of)
 
 def row(args, name, share, ps, said):
