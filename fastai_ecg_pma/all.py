@@ -8,21 +8,22 @@ __all__ = ['Concat', 'Fuse', 'GroupMeans', 'Last', 'LastMean', 'Layer', 'OwnNorm
            'attention_maps', 'attention_stats', 'plot_attention', 'Attribution', 'attribute', 'drop_leads',
            'gradient_input', 'integrated_gradients', 'occlusion', 'plot_drops', 'BaselineWander', 'LeadCutMix',
            'LeadDropout', 'LeadMixUp', 'Noise', 'Powerline', 'Scale', 'Shift', 'SmoothLabels', 'Stretch', 'TimeMask',
-           'show_augment', 'find_blocks', 'EcgHybrid', 'HybridEncoder', 'EcgCache', 'RecordsSetAside', 'StaleCache',
-           'cache_ecg', 'Calibration', 'FewPositives', 'NotCalibrated', 'calibration_table', 'cross_calibrated',
-           'fit_calibration', 'plot_reliability', 'reliability', 'ChallengeScore', 'challenge_score',
-           'challenge_scores', 'challenge_weights', 'challenge_classes', 'challenge_dls', 'challenge_labels',
-           'challenge_table', 'cinc2017_dls', 'cinc2017_table', 'ludb_labels', 'ludb_table', 'where', 'Checkpoint',
-           'checkpoints', 'load_best', 'kernels_learner', 'ridge_head', 'solve', 'Comparison', 'MORE_READOUTS',
-           'PMA_DEFAULT', 'READOUTS', 'compare_readouts', 'frozen_learner', 'plot_forest', 'random_like', 'check_model',
-           'check_readout', 'ecg_dls', 'read_records', 'wfdb_dls', 'calibrate', 'decide', 'predictor', 'check_records',
-           'report', 'check_files', 'download_db', 'download_ptbxl', 'build_arch', 'encoder_stack', 'make_vit',
-           'export_onnx', 'export_program', 'layer_features', 'StopOnNonFinite', 'ClassPMA', 'GatePenalty', 'LeadPMA',
-           'PMA', 'balance_penalty', 'entropy_penalty', 'top_k', 'ConstantGate', 'drop_layers', 'effective_layers',
-           'gate_by_class', 'gate_report', 'gate_weights', 'plot_gates', 'plot_layer_drops', 'prune', 'cka_matrix',
-           'effective_rank', 'layer_cka', 'layer_geometry', 'linear_cka', 'plot_cka', 'plot_coefficients',
-           'plot_geometry', 'update_coefficients', 'BadRecord', 'read_header', 'hidden_r2', 'Difference', 'Score',
-           'compare', 'compare_classes', 'delong', 'holm', 'patient_counts', 'score', 'score_classes', 'RandomKernels',
+           'show_augment', 'MedianBeat', 'find_blocks', 'EcgHybrid', 'HybridEncoder', 'EcgCache', 'RecordsSetAside',
+           'StaleCache', 'cache_ecg', 'Calibration', 'FewPositives', 'NotCalibrated', 'calibration_table',
+           'cross_calibrated', 'fit_calibration', 'plot_reliability', 'reliability', 'ChallengeScore',
+           'challenge_score', 'challenge_scores', 'challenge_weights', 'challenge_classes', 'challenge_dls',
+           'challenge_labels', 'challenge_table', 'cinc2017_dls', 'cinc2017_table', 'ludb_labels', 'ludb_table',
+           'where', 'Checkpoint', 'checkpoints', 'load_best', 'beats_learner', 'kernels_learner', 'ridge_head', 'solve',
+           'Comparison', 'MORE_READOUTS', 'PMA_DEFAULT', 'READOUTS', 'compare_readouts', 'frozen_learner',
+           'plot_forest', 'random_like', 'check_model', 'check_readout', 'ecg_dls', 'read_records', 'wfdb_dls',
+           'calibrate', 'decide', 'predictor', 'check_records', 'report', 'check_files', 'download_db',
+           'download_ptbxl', 'build_arch', 'encoder_stack', 'make_vit', 'export_onnx', 'export_program',
+           'layer_features', 'StopOnNonFinite', 'ClassPMA', 'GatePenalty', 'LeadPMA', 'PMA', 'balance_penalty',
+           'entropy_penalty', 'top_k', 'ConstantGate', 'drop_layers', 'effective_layers', 'gate_by_class',
+           'gate_report', 'gate_weights', 'plot_gates', 'plot_layer_drops', 'prune', 'cka_matrix', 'effective_rank',
+           'layer_cka', 'layer_geometry', 'linear_cka', 'plot_cka', 'plot_coefficients', 'plot_geometry',
+           'update_coefficients', 'BadRecord', 'read_header', 'hidden_r2', 'Difference', 'Score', 'compare',
+           'compare_classes', 'delong', 'holm', 'patient_counts', 'score', 'score_classes', 'RandomKernels',
            'LayerStack', 'class_token', 'mean_leads', 'mean_max', 'mean_max_sd', 'mean_tokens', 'LEADS', 'PMA_LEADS',
            'derive_leads', 'lead_name', 'evaluate', 'pma_learner', 'predict_record', 'pretrain_learner',
            'readout_learner', 'MAE', 'MaskedModel', 'masked_mse', 'mixture', 'patchify', 'per_lead', 'random_mask',
@@ -46,13 +47,14 @@ from .attend import AttentionPool, Attentive
 from .attention import attention_maps, attention_stats, plot_attention
 from .attribution import Attribution, attribute, drop_leads, gradient_input, integrated_gradients, occlusion, plot_drops
 from .augment import BaselineWander, LeadCutMix, LeadDropout, LeadMixUp, Noise, Powerline, Scale, Shift, SmoothLabels, Stretch, TimeMask, show_augment
+from .beat import MedianBeat
 from .blocks import find_blocks
 from .cache import EcgCache, RecordsSetAside, StaleCache, cache_ecg
 from .calibrate import Calibration, FewPositives, NotCalibrated, calibration_table, cross_calibrated, fit_calibration, plot_reliability, reliability
 from .challenge_score import ChallengeScore, challenge_score, challenge_scores, challenge_weights
 from .challenges import challenge_classes, challenge_dls, challenge_labels, challenge_table, cinc2017_dls, cinc2017_table, ludb_labels, ludb_table, where
 from .checkpoint import Checkpoint, checkpoints, load_best
-from .closed_form import kernels_learner, ridge_head, solve
+from .closed_form import beats_learner, kernels_learner, ridge_head, solve
 from .compare import Comparison, MORE_READOUTS, PMA_DEFAULT, READOUTS, compare_readouts, frozen_learner, plot_forest, random_like
 from .contract import check_model, check_readout
 from .data import ecg_dls, read_records, wfdb_dls
@@ -105,10 +107,10 @@ from .windows import EcgArray, windows_table
 _all_ = ['Concat', 'Fuse', 'GroupMeans', 'Last', 'LastMean', 'Layer', 'OwnNorm', 'PlainNorm', 'PPA', 'SharedNorm', 'SignedStatic', 'Static', 'Together', 'class_head',
          'linear_head', 'mlp_head', 'AttentionPool', 'Attentive', 'attention_maps', 'attention_stats', 'plot_attention', 'Attribution', 'attribute', 'drop_leads',
          'gradient_input', 'integrated_gradients', 'occlusion', 'plot_drops', 'BaselineWander', 'LeadCutMix', 'LeadDropout', 'LeadMixUp', 'Noise', 'Powerline',
-         'Scale', 'Shift', 'SmoothLabels', 'Stretch', 'TimeMask', 'show_augment', 'find_blocks', 'EcgHybrid', 'HybridEncoder', 'EcgCache', 'RecordsSetAside', 'StaleCache', 'cache_ecg', 'Calibration', 'FewPositives',
+         'Scale', 'Shift', 'SmoothLabels', 'Stretch', 'TimeMask', 'show_augment', 'MedianBeat', 'find_blocks', 'EcgHybrid', 'HybridEncoder', 'EcgCache', 'RecordsSetAside', 'StaleCache', 'cache_ecg', 'Calibration', 'FewPositives',
          'NotCalibrated', 'calibration_table', 'cross_calibrated', 'fit_calibration', 'plot_reliability', 'reliability', 'ChallengeScore', 'challenge_score',
          'challenge_scores', 'challenge_weights', 'challenge_classes', 'challenge_dls', 'challenge_labels', 'challenge_table', 'cinc2017_dls', 'cinc2017_table',
-         'ludb_labels', 'ludb_table', 'where', 'Checkpoint', 'checkpoints', 'load_best', 'kernels_learner', 'ridge_head', 'solve', 'Comparison', 'MORE_READOUTS', 'PMA_DEFAULT', 'READOUTS',
+         'ludb_labels', 'ludb_table', 'where', 'Checkpoint', 'checkpoints', 'load_best', 'beats_learner', 'kernels_learner', 'ridge_head', 'solve', 'Comparison', 'MORE_READOUTS', 'PMA_DEFAULT', 'READOUTS',
          'compare_readouts', 'frozen_learner', 'plot_forest', 'random_like', 'check_model', 'check_readout', 'ecg_dls', 'read_records', 'wfdb_dls', 'calibrate',
          'decide', 'predictor', 'check_records', 'report', 'check_files', 'download_db', 'download_ptbxl', 'build_arch', 'encoder_stack', 'make_vit', 'export_onnx',
          'export_program', 'layer_features', 'StopOnNonFinite', 'ClassPMA', 'GatePenalty', 'LeadPMA', 'PMA', 'balance_penalty', 'entropy_penalty', 'top_k',

@@ -9,6 +9,7 @@ __all__ = ['DILATIONS', 'random_kernels', 'RandomKernels', 'found']
 import math, torch
 from torch import nn
 from torch.nn.functional import conv1d, pad
+from .beat import MedianBeat
 
 # %% ../nbs/42_kernels.ipynb #ker00007
 DILATIONS = (1, 2, 4, 8, 16, 32)
@@ -33,12 +34,15 @@ class RandomKernels(nn.Module):
         kernel:int=9, # Samples that each looks at
         segment:int=100, # Samples of which a maximum is taken; the last segment is shorter where they do not fill a record
         seed:int=0, # Of the kernels
+        beat_fs:float=None, # Samples a second: read the median beat; None: the whole record
     ):
         super().__init__()
-        if n < len(DILATIONS): raise ValueError(f'n={n}: {len(DILATIONS)} kernels at least, one for each dilation')
+        self.beat = MedianBeat(beat_fs) if beat_fs else None
+        self.dilations = [d for d in DILATIONS if d*(kernel-1) < (self.beat.width if beat_fs else seq_len)]
+        if n < len(self.dilations) or not self.dilations: raise ValueError(f'n={n}, kernel={kernel}: {max(1, len(self.dilations))} kernels at least, one for each dilation, and shorter than what they look at')
         if kernel % 2 == 0: raise ValueError(f'kernel={kernel}: an odd number is expected, so that a kernel has a middle')
         if segment < 1: raise ValueError(f'segment={segment}: one sample at least')
-        self.n_leads,self.seq_len,self.n,self.kernel,self.segment,self.seed,self.d = n_leads,seq_len,n,kernel,segment,seed,2*n
+        self.n_leads,self.seq_len,self.n,self.kernel,self.segment,self.seed,self.beat_fs,self.d = n_leads,seq_len,n,kernel,segment,seed,beat_fs,2*n
         w, b = random_kernels(n, n_leads, kernel, seed)
         self.register_buffer('w', w); self.register_buffer('b', b)
 
@@ -47,8 +51,9 @@ class RandomKernels(nn.Module):
     def forward(self, x, pool=None):
         if pool is not None: raise ValueError('random kernels are pooled already: leave token_pool out')
         if x.shape[1:] != (self.n_leads, self.seq_len): raise ValueError(f'expected x of [bs, {self.n_leads} leads, {self.seq_len} samples], got {list(x.shape)}')
-        z = torch.cat([found(conv1d(x, w, b, dilation=d, padding=(self.kernel-1)*d//2), self.segment)
-                       for w,b,d in zip(self.w.tensor_split(len(DILATIONS)), self.b.tensor_split(len(DILATIONS)), DILATIONS)], 1)
+        if self.beat is not None: x = self.beat(x)
+        n = len(self.dilations)
+        z = torch.cat([found(conv1d(x, w, b, dilation=d, padding=(self.kernel-1)*d//2), self.segment) for w,b,d in zip(self.w.tensor_split(n), self.b.tensor_split(n), self.dilations)], 1)
         return z[:,None].expand(-1, 2, -1)
 
 def found(y, segment:int):

@@ -21,7 +21,7 @@ from typing import Optional
 from .aggregate import Concat, Together, linear_head
 from .challenges import challenge_dls
 from .checkpoint import Checkpoint
-from .closed_form import kernels_learner, solve
+from .closed_form import beats_learner, kernels_learner, solve
 from .config import Args
 from .data import wfdb_dls
 from .decide import calibrate, decide, trained_epochs
@@ -173,6 +173,7 @@ def pretrain_first(
 # %% ../nbs/71_trainings.ipynb #trn00004
 BESIDE = dict(
     kernels = lambda dls, model, seed: kernels_learner(dls, seed=seed),
+    beats = lambda dls, model, seed: beats_learner(dls, seed=seed),
     layers = lambda dls, model, seed: solve(model(dls, readout=partial(Concat, embeddings=True), head=linear_head, layer_norm=None, token_pool=None, seed=seed)))
 
 def check_members(dls, members, beside, pretrained):
@@ -192,7 +193,7 @@ def train(
     lr_mult:float=100, # When all is trained: how much slower the encoder's first layers learn than its head
     frozen:bool=False, # Leave a pretrained encoder as it is throughout: its read-out alone is trained
     members:int=1, # Models to train, one after the other, from seeds `seed`, `seed+1` …, which then answer together by the mean of their logits
-    beside:list=(), # Members that need no training: `kernels`, random convolutions; `layers`, all of the encoder's as it was pretrained
+    beside:list=(), # Members that need no training: `kernels`, random convolutions; `beats`, the same of the median beat; `layers`, all of the encoder's as it was pretrained
     calibration:Optional[str]='platt', # Of the probabilities, on the validation records: platt, temperature, isotonic; null: none
     thresholds:dict=None, # Decisions, on the validation records: {sensitivity: 0.9}, {specificity: 0.95} or {f1: true}
     seed:int=0, # Of weights and the order of records

@@ -13,7 +13,7 @@ from fastai_ecg_pma.aggregate import GroupMeans, OwnNorm, Together, class_head, 
 from fastai_ecg_pma.attend import AttentionPool, Attentive
 from fastai_ecg_pma.calibrate import Calibration
 from fastai_ecg_pma.thresholds import Thresholds
-from fastai_ecg_pma.closed_form import kernels_learner
+from fastai_ecg_pma.closed_form import beats_learner, kernels_learner
 from fastai_ecg_pma.compare import MORE_READOUTS
 from fastai_ecg_pma.data import ecg_dls
 from fastai_ecg_pma.encoder import make_vit
@@ -23,7 +23,9 @@ from fastai_ecg_pma.gates import prune
 from fastai_ecg_pma.layers import class_token, mean_leads, mean_max
 from fastai_ecg_pma.learner import pma_learner
 from fastai_ecg_pma.decide import predictor
+from fastai_ecg_pma.ptbxl import ptbxl_dls
 from fastai_ecg_pma.records import Preprocess
+from fastai_ecg_pma.synth import synth_ptbxl
 
 pytest.importorskip('onnx', reason='an ONNX file needs it')
 pytest.importorskip('onnxruntime', reason='an ONNX file is compared by it')
@@ -97,12 +99,21 @@ def test_of_each_task(dls, task, activation, export, tmp_path):
 
 @pytest.mark.parametrize('export', [export_onnx, export_program])
 def test_several_that_answer_together(dls, export, tmp_path):
-    members = [*(made(dls, c).model for c in ('PMA', 'concatenation')), kernels_learner(dls, 60, segment=30).model]
+    members = [*(made(dls, c).model for c in ('PMA', 'concatenation')), kernels_learner(dls, 60, segment=30).model, beats_learner(dls, 60).model]
     p = replace(predictor(made(dls, 'PMA'), score=False), model=Together(members))
     x = torch.randn(5, 12, 100)
-    with torch.no_grad(): want = torch.sigmoid((members[0](x) + members[1](x) + members[2](x))/3).numpy()
+    with torch.no_grad(): want = torch.sigmoid(sum(m(x) for m in members)/4).numpy()
     got, = dict(export_onnx=onnx_runner, export_program=program_runner)[export.__name__](export(p, tmp_path/'m.pt2'))(x)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+@pytest.mark.parametrize('export', [export_onnx, export_program])
+def test_the_median_beat_in_a_graph(export, tmp_path):
+    dls = ptbxl_dls(synth_ptbxl(tmp_path/'ecgs', n=60), bs=16)
+    p = predictor(beats_learner(dls, 60), score=False)
+    x = torch.as_tensor(np.asarray(dls.valid.dataset[:][0]))
+    want, run = p._outputs(x)[0], dict(export_onnx=onnx_runner, export_program=program_runner)[export.__name__](export(p, tmp_path/'m.pt2'))
+    for n in (1, 3, len(x)): np.testing.assert_allclose(run(x[:n])[0], want[:n], rtol=0, atol=1e-5)
+    assert want.std(0).min() > 1e-3
 
 def test_the_model_stays_as_it_was(dls, tmp_path):
     learn = made(dls, 'TSTPlus')

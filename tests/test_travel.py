@@ -26,7 +26,7 @@ from fastai_ecg_pma.aggregate import PPA, Concat, Fuse, GroupMeans, Last, LastMe
 from fastai_ecg_pma.attend import AttentionPool, Attentive
 from fastai_ecg_pma.cache import EcgCache, cache_ecg
 from fastai_ecg_pma.checkpoint import Checkpoint, FellBack, load_best
-from fastai_ecg_pma.closed_form import kernels_learner
+from fastai_ecg_pma.closed_form import beats_learner, kernels_learner
 from fastai_ecg_pma.compare import PMA_DEFAULT
 from fastai_ecg_pma.data import ecg_dls
 from fastai_ecg_pma.encoder import make_vit
@@ -212,8 +212,9 @@ def test_several_that_answer_together_travel(tmp_path):
     x = torch.as_tensor(X[:4])
     with torch.no_grad(): assert torch.allclose(load_pma(tmp_path/'m').model(x), sum(m.eval()(x) for m in members)/3, atol=1e-6)
 
-def test_random_kernels_travel(tmp_path):
-    p = predictor(kernels_learner(of_task('labels'), 60), score=False)
+@pytest.mark.parametrize('make', [kernels_learner, beats_learner])
+def test_random_kernels_travel(make, tmp_path):
+    p = predictor(make(of_task('labels'), 60), score=False)
     save_pma(p, tmp_path/'m')
     same_answers(p, load_pma(tmp_path/'m'), 'labels')
     facts, state = model_facts(p.model), p.model.state_dict()
