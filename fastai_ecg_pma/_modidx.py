@@ -1050,6 +1050,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'fastai_ecg_pma/kernels.py'),
                                         'fastai_ecg_pma.kernels.RandomKernels.norm': ( 'kernels.html#randomkernels.norm',
                                                                                        'fastai_ecg_pma/kernels.py'),
+                                        'fastai_ecg_pma.kernels.RandomKernels.parts': ( 'kernels.html#randomkernels.parts',
+                                                                                        'fastai_ecg_pma/kernels.py'),
                                         'fastai_ecg_pma.kernels.found': ('kernels.html#found', 'fastai_ecg_pma/kernels.py'),
                                         'fastai_ecg_pma.kernels.random_kernels': ( 'kernels.html#random_kernels',
                                                                                    'fastai_ecg_pma/kernels.py')},
