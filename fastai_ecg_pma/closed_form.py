@@ -43,9 +43,11 @@ def _by_auroc(est, X, y): return macro_auroc(_two(est.predict(X)), _two(y))
 def _two(v): return np.asarray(v).reshape(len(v), -1)
 
 def _log_odds(s, t):
-    "Slope, which never turns the order round, and shift that make scores of a label log-odds; of a label that all records have, or none, its frequency alone"
-    if t.min() == t.max(): return 0., logit((t.sum()+.5)/(len(t)+1))
-    fit = LogisticRegression(C=np.inf).fit(s[:,None]/s.std(), t)
+    "Slope, which never turns the order round, and shift that make scores of a label log-odds, for targets a little off 0 and 1 as in Platt's scaling; of a label that all records have, or none, its frequency alone"
+    n, positive = len(t), t.sum()
+    if positive in (0, n): return 0., logit((positive+1)/(n+2))
+    sure = np.where(t > 0, (positive+1)/(positive+2), 1/(n-positive+2))
+    fit = LogisticRegression(C=np.inf).fit(np.r_[s,s][:,None]/s.std(), np.arange(2*n) < n, np.r_[sure,1-sure])
     return max(fit.coef_[0,0]/s.std(), 1e-6), fit.intercept_[0]
 
 def _linear(w, b):

@@ -193,7 +193,7 @@ def train(
     lr_mult:float=100, # When all is trained: how much slower the encoder's first layers learn than its head
     frozen:bool=False, # Leave a pretrained encoder as it is throughout: its read-out alone is trained
     members:int=1, # Models to train, one after the other, from seeds `seed`, `seed+1` …, which then answer together by the mean of their logits
-    beside:list=(), # Members that need no training: `kernels`, random convolutions; `beats`, the same of the median beat; `layers`, all of the encoder's as it was pretrained
+    beside:list=(), # Members that need no training: `kernels`, random convolutions; `beats`, the same of the median beat; `layers`, all of the encoder's as it was pretrained; a name again: from other random numbers
     calibration:Optional[str]='platt', # Of the probabilities, on the validation records: platt, temperature, isotonic; null: none
     thresholds:dict=None, # Decisions, on the validation records: {sensitivity: 0.9}, {specificity: 0.95} or {f1: true}
     seed:int=0, # Of weights and the order of records
@@ -221,11 +221,12 @@ def train(
             else: learn.fit_one_cycle(fit.epochs, fit.lr, pct_start=fit.warmup)
         trained.append(get_model(learn.model))
         if members+len(beside) > 1: keep_predictions(learn, Path(out)/f'member{i}')
-    for name in beside:
-        begin(out, 'train', values, fit, name)
-        learn = BESIDE[name](dls, partial(model, arch=arch), seed)
+    for i,name in enumerate(beside):
+        again = list(beside[:i]).count(name)
+        begin(out, 'train', values, fit, part := f'{name}{again or ""}')
+        learn = BESIDE[name](dls, partial(model, arch=arch), seed+again)
         trained.append(learn.model)
-        keep_predictions(learn, Path(out)/name)
+        keep_predictions(learn, Path(out)/part)
     if len(trained) > 1: learn.model = Together(trained)
     return keep_model(learn, Path(out), calibration, thresholds) if alone() else {}
 
