@@ -137,6 +137,7 @@ class CastForward:
 
 class Autocast(MixedPrecision):
     "fastai's `MixedPrecision` wherever the model is: kwargs go to `GradScaler`"
+    cast = None
     def __init__(self, dtype=torch.bfloat16, **kwargs): self.dtype,self.kwargs = dtype,kwargs
     def before_fit(self):
         device = _device(self.model)
@@ -149,6 +150,7 @@ class Autocast(MixedPrecision):
     def after_pred(self): pass
     def after_loss(self): pass
     def after_fit(self):
+        if self.cast is None: return                        # a fit that was finished before, and does not begin again
         vars(self.cast).pop('forward', None)
         self.learn.scaler = self.scales = self.cast = None
 

@@ -227,7 +227,7 @@ def train(
         learn = BESIDE[name](dls, partial(model, arch=arch), seed+again)
         trained.append(learn.model)
         keep_predictions(learn, Path(out)/part)
-    if len(trained) > 1: learn.model = Together(trained)
+    if len(trained) > 1: learn.model, learn.seed = Together(trained), seed
     return keep_model(learn, Path(out), calibration, thresholds) if alone() else {}
 
 def check_ends(dls, calibration, thresholds):

@@ -10,8 +10,8 @@ scored on fold 9. Nothing is chosen by the records that are scored: models are t
 Runs stay in WORK and are not made again; one that was interrupted goes on. Tables in OUT are added to:
 runs.csv     recipe, share of the labels, seed, group, macro-AUROC, minutes (of the training; of the pretraining in the row of the first group)
 table.csv    recipe, or several `--together`, whose scores are averaged over them and over seeds: mean over groups (median over seeds) with its spread over groups, fold 9 with its 95 % interval (patients drawn
-             again), the protocol's hash, and with its interval the paired difference, mean over groups, to `kernels`; and of a recipe with a change
-             to the recipe without it
+             again), the protocol's hash, and with its interval the paired difference, mean over groups, to `kernels`; and of a recipe with a change,
+             or several, to the same without it
 """
 import argparse
 from pathlib import Path
@@ -38,8 +38,7 @@ def main():
     for share in args.shares:
         said = {(name, seed, g): predicted(args, name, seed, share, g) for name in args.recipes for seed in args.seeds for g in args.groups}
         runs = [dict(recipe=name, share=share, seed=seed, group=g, auroc=macro_auroc(*pair(t)), minutes=minutes(args, name, seed, share, g)) for (name,seed,g),t in said.items()]
-        rows = [row(args, name, share, [[pair(said[name,s,g])[0] for s in args.seeds] for g in args.groups], said) for name in args.recipes]
-        rows += [row(args, names, share, [[np.mean([pair(said[n,s,g])[0] for n in names.split('+') for s in args.seeds], 0)] for g in args.groups], said) for names in args.together]
+        rows = [row(args, names, share, said) for names in [*args.recipes, *args.together]]
         update(args.out/'runs.csv', runs, 'recipe share seed group'); update(args.out/'table.csv', rows, 'recipe share')
 
 def update(file, rows, by):
@@ -59,19 +58,23 @@ def minutes(args, name, seed, share, g):
     if g == args.groups[0] and name not in BASELINES and (c := recipe(name)).values['pretraining']: of.append(encoder(args, c, seed))
     return sum(float((f/'minutes').read_text()) for f in of)
 
-def row(args, name, share, ps, said):
-    "`ps`: for each group of folds the scores of each seed. Groups are weighted alike; all seeds are drawn again together"
+def scores(args, names, said):
+    "For each group of folds what a recipe says, `[n_seeds,n_records,n_classes]`, or the mean of what several say from all seeds, `[1,n_records,n_classes]`"
+    each = lambda g: np.stack([pair(said[name,seed,g])[0] for name in names.split('+') for seed in args.seeds])
+    return [each(g).mean(0, keepdims=True) if '+' in names else each(g) for g in args.groups]
+
+def row(args, names, share, said):
+    "Groups are weighted alike; all seeds are drawn again together"
     about = [said[args.recipes[0],args.seeds[0],g] for g in args.groups]
-    ys, patients, ps = [pair(t)[1] for t in about], [t.patient_id.to_numpy() for t in about], [np.stack(p) for p in ps]
+    ys, patients, ps = [pair(t)[1] for t in about], [t.patient_id.to_numpy() for t in about], scores(args, names, said)
     by_group = [np.median([macro_auroc(p, y) for p in group]) for group,y in zip(ps, ys)]
-    out = dict(recipe=name, share=share, seeds=len(args.seeds), cv=np.mean(by_group), spread=np.std(by_group, ddof=1))
+    out = dict(recipe=names, share=share, seeds=len(args.seeds), cv=np.mean(by_group), spread=np.std(by_group, ddof=1))
     if (last := len(GROUPS)-1) in args.groups:
         i = args.groups.index(last); s = score(ps[i], ys[i], patients[i])
         out |= dict(fold9=s.point, fold9_low=s.low, fold9_high=s.high, protocol=small_dls(args, 0, share, last).protocol.on('valid').hash)
-    for other,to in (('kernels', 'difference d_low d_high'), (name.split(' ')[0], 'change c_low c_high')):
-        if other not in args.recipes or other == name: continue
-        d = paired([(p, np.stack([pair(said[other,s,g])[0] for s in args.seeds]), y, who) for p,g,y,who in zip(ps, args.groups, ys, patients)])
-        out |= dict(zip(to.split(), d))
+    for other,to in (('kernels', 'difference d_low d_high'), ('+'.join(n.split(' ')[0] for n in names.split('+')), 'change c_low c_high')):
+        if other == names or not {*other.split('+')} <= {*args.recipes}: continue
+        out |= dict(zip(to.split(), paired(list(zip(ps, scores(args, other, said), ys, patients)))))
     return out
 
 def paired(groups):
