@@ -181,6 +181,7 @@ def check_members(dls, members, beside, pretrained):
     if not (0 if beside else 1) <= members <= MAX_MEMBERS-len(beside): raise ValueError(f'members is {members}: a whole number from {0 if beside else 1} to {MAX_MEMBERS-len(beside)}')
     if members+len(beside) > 1 and num_distrib() > 1: raise ValueError('several processes train one model: members=1, beside=[]')
     if beside and task_of(dls)[0] != 'labels': raise ValueError(f'beside is {beside}, by ridge regression on labels, and these records have none: beside=[]')
+    if list(beside).count('layers') > 1: raise ValueError(f'beside is {beside}: layers twice would be the same twice')
     if 'layers' in beside and not pretrained: raise ValueError('beside is layers, of a pretrained encoder: name one, model.arch, or add a section pretraining')
 
 # %% ../nbs/71_trainings.ipynb #158dad4f
