@@ -35,7 +35,7 @@ USAGE = """usage: ecg-pma VERB [VALUES] [key=value | --key value]… [--config r
 
 `ecg-pma VERB --help` explains a verb and all of its keys; `ecg-pma config VERB` writes them as YAML. A key in a section is named by its path
 (data.prep.fs=250), or by its last part where no other ends so (fs=250). What a file says is laid over the defaults, what the command line says over
-that. `--quiet` prints nothing but warnings and errors, `--json` one object of results on standard output. `ecg-pma --version` says what is installed.
+that; a recipe that comes with the library is named in place of a file (`ecg-pma train DATA --config default`). `--quiet` prints nothing but warnings and errors, `--json` one object of results on standard output. `ecg-pma --version` says what is installed.
 
 exit codes: {codes}"""
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import get_args
 
 from .parts import PARTS, nearest, part, part_text, part_texts
+from .presets import PRESETS
 
 # %% ../nbs/69_config.ipynb #315e2f6c
 class BadConfig(ValueError): "A key that does not exist, or a value that is none of its kind"
@@ -46,8 +47,10 @@ def read_yaml(text:str, name:str='the configuration'):
     except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as e: raise BadConfig(f'{name} is no YAML that can be read: {" ".join(str(e).split())[:300]}') from None
 
 def read_config(file) -> dict:
-    "A YAML file with a mapping"
-    if not (file := Path(file)).is_file(): raise BadConfig(f'no configuration {file}')
+    "A YAML file with a mapping, or where there is no such file, the preset of that name"
+    name = str(file)
+    if not (file := Path(file)).is_file() and name in PRESETS: return read_yaml(PRESETS[name], name)
+    if not file.is_file(): raise BadConfig(f'no configuration {file}: no file of that name, and no preset ({", ".join(PRESETS)})')
     if file.stat().st_size > MAX_CONFIG: raise BadConfig(f'{file} has {file.stat().st_size} bytes: a configuration has at most {MAX_CONFIG}')
     try: d = read_yaml(file.read_text(encoding='utf-8'), str(file))
     except UnicodeDecodeError as e: raise BadConfig(f'{file} is no text in UTF-8: {e}') from None
