@@ -1418,6 +1418,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'fastai_ecg_pma.protocol.stable_hash': ( 'protocol.html#stable_hash',
                                                                                   'fastai_ecg_pma/protocol.py')},
             'fastai_ecg_pma.ptbxl': { 'fastai_ecg_pma.ptbxl._codes': ('ptbxl.html#_codes', 'fastai_ecg_pma/ptbxl.py'),
+                                      'fastai_ecg_pma.ptbxl._frequent': ('ptbxl.html#_frequent', 'fastai_ecg_pma/ptbxl.py'),
                                       'fastai_ecg_pma.ptbxl._read_csv': ('ptbxl.html#_read_csv', 'fastai_ecg_pma/ptbxl.py'),
                                       'fastai_ecg_pma.ptbxl._with_share': ('ptbxl.html#_with_share', 'fastai_ecg_pma/ptbxl.py'),
                                       'fastai_ecg_pma.ptbxl.drops_unlabelled': ('ptbxl.html#drops_unlabelled', 'fastai_ecg_pma/ptbxl.py'),

@@ -89,6 +89,7 @@ def ptbxl_dls(
     train_folds=range(1,9), # Official folds for training
     valid_folds=(9,), # Official folds for validation
     min_likelihood:float=0, # In %: a statement less likely does not count. 0, as published: every statement does
+    min_positives:int=0, # Classes with fewer positives among the training records are left out; the records stay. 0, as published: all are there
     share:float=1, # Of the training records, by whole patients: nested `label_subsets`
     seed:int=0, # Of that choice
     cache=None, # Folder of a cache of all records, made if missing
@@ -103,8 +104,15 @@ def ptbxl_dls(
     for name,folds,n in (('training', train_folds, (~table.valid).sum()), ('validation', valid_folds, table.valid.sum())):
         if not n: raise ValueError(f'no {name} record: folds {list(folds)} of {folder} hold none for task {task!r}')
     if share < 1: table = _with_share(table, vocab, share, seed)
+    vocab = _frequent(table, vocab, min_positives)
     about = dict(data='PTB-XL', task=task or 'unlabelled', train_folds=tuple(train_folds), valid_folds=tuple(valid_folds), min_likelihood=min_likelihood, drop_unlabelled=drops_unlabelled(task), share=share)
     return wfdb_dls(folder, table, col, vocab if task else None, 'valid', prep, cache=cache, n_workers=n_workers, progress=progress, protocol=about, **kwargs)
+
+def _frequent(table, vocab, min_positives):
+    "The classes with so many positives among the training records of `table`"
+    n = table.loc[~table.valid, vocab].sum()
+    if vocab and n.max() < min_positives: raise ValueError(f'min_positives={min_positives} leaves no class: {n.idxmax()} has the most positives among the training records, {n.max()}')
+    return [v for v in vocab if n[v] >= min_positives]
 
 def _with_share(table, vocab, share, seed):
     "The validation records of `table`, and a share of the others"

@@ -16,9 +16,9 @@ from fastai_ecg_pma.ptbxl import ptbxl_dls
 from fastai_ecg_pma.scale import Autocast
 from fastai_ecg_pma.trainings import predictions
 from fastai_ecg_pma.tune import EMA
-from recipes import GROUPS, epochs, folder_of, folds, recipe, timed
+from recipes import epochs, folder_of, recipe, records, timed
 
-def small_dls(args, seed, share, g, **kwargs): return ptbxl_dls(args.folder, cache=args.work/'cache', **folds(g, share, seed), **kwargs)
+def small_dls(args, seed, share, g, **kwargs): return ptbxl_dls(args.folder, cache=args.work/'cache', **records(args, g, share, seed), **kwargs)
 
 def baseline(args, name, seed, share, g):
     "Predictions for the records of a group"
@@ -55,7 +55,7 @@ def kernels(args, seed, dls, a, b):
     "Features of random convolutions of the records of both splits. They are of a record alone, so those of all are kept in WORK"
     file, path = args.work/f'kernels_{seed}.npz', np.array([p.as_posix() for p in dls.paths])
     if not file.exists():
-        every = small_dls(args, seed, 1., len(GROUPS)-1)
+        every = ptbxl_dls(args.folder, 'all', cache=args.work/'cache')
         at = np.concatenate([np.asarray(every[i].dataset.split_idxs) for i in (0, 1)])
         np.savez(file, records=[every.paths[i].as_posix() for i in at], features=convolved(torch.cat([labelled(every, i)[0] for i in (0, 1)]), seed))
     kept = np.load(file)

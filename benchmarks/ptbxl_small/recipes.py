@@ -8,12 +8,13 @@ from fastai_ecg_pma.config import Config, read_config
 from fastai_ecg_pma.trainings import pretrain, train
 
 HERE, GROUPS = Path(__file__).parent, [(1,2), (3,4), (5,6), (7,8), (9,)]
+TASKS = dict(classes={}, statements=dict(task='all', min_positives=10))
 
 def rest(group): return [f for f in range(1, 10) if f not in group]
 
-def folds(g, share=1., seed=0): return dict(train_folds=rest(GROUPS[g]), valid_folds=list(GROUPS[g]), share=share, seed=seed)
+def records(args, g, share=1., seed=0): return dict(TASKS[args.task], train_folds=rest(GROUPS[g]), valid_folds=list(GROUPS[g]), share=share, seed=seed)
 
-def folder_of(args, name, seed, share, g): return args.work/name.replace(' ', '_')/str(seed)/(f'group{g}' if share == 1 else f'group{g}_share{share:g}')
+def folder_of(args, name, seed, share, g): return args.work/name.replace(' ', '_')/str(seed)/(f'group{g}' + ('' if share == 1 else f'_share{share:g}') + ('' if args.task == 'classes' else f'_{args.task}'))
 
 def timed(folder, f):
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,6 +48,6 @@ def trained(args, name, seed, share, g):
     out, c = folder_of(args, name, seed, share, g), recipe(name)
     if not (out/'predictions.csv').exists():
         if c.values['pretraining']: c.update(dict(model=dict(arch=str(encoder(args, c, seed)/'encoder'), arch_config=None), pretraining=None))
-        c.update(dict(data=dict(folder=args.folder, cache=str(args.work/'cache'), **folds(g, share, seed)), fit=dict(epochs=epochs(c.values['fit']['epochs'], share)), seed=seed, out=str(out)))
+        c.update(dict(data=dict(folder=args.folder, cache=str(args.work/'cache'), **records(args, g, share, seed)), fit=dict(epochs=epochs(c.values['fit']['epochs'], share)), seed=seed, out=str(out)))
         timed(out, lambda: c.call(values=c.values))
     return pd.read_csv(out/'predictions.csv')
