@@ -23,23 +23,23 @@ __all__ = ['Concat', 'Fuse', 'GroupMeans', 'Last', 'LastMean', 'Layer', 'OwnNorm
            'gate_report', 'gate_weights', 'plot_gates', 'plot_layer_drops', 'prune', 'cka_matrix', 'effective_rank',
            'layer_cka', 'layer_geometry', 'linear_cka', 'plot_cka', 'plot_coefficients', 'plot_geometry',
            'update_coefficients', 'BadRecord', 'read_header', 'hidden_r2', 'Difference', 'Score', 'compare',
-           'compare_classes', 'delong', 'holm', 'patient_counts', 'score', 'score_classes', 'RandomKernels',
-           'LayerStack', 'class_token', 'mean_leads', 'mean_max', 'mean_max_sd', 'mean_tokens', 'LEADS', 'PMA_LEADS',
-           'derive_leads', 'lead_name', 'evaluate', 'pma_learner', 'predict_record', 'pretrain_learner',
-           'readout_learner', 'MAE', 'MaskedModel', 'masked_mse', 'mixture', 'patchify', 'per_lead', 'random_mask',
-           'same_times', 'time_blocks', 'whole_leads', 'BrierLoss', 'CalibrationError', 'MacroAUPRC', 'MacroAUROC',
-           'MacroF1Max', 'class_auprcs', 'class_aurocs', 'class_briers', 'class_eces', 'class_f1s', 'class_table',
-           'f1_thresholds', 'macro_auprc', 'macro_auroc', 'macro_f1_max', 'mitbih_beats', 'mitbih_dls',
-           'mitbih_rhythms', 'mitbih_table', 'ProbeLayers', 'ecg_axes', 'ecg_paper', 'Prediction', 'Predictor',
-           'MaskPatches', 'PretrainLearner', 'knn_probe', 'mlp_probe', 'plot_layers', 'probe_layers', 'ridge_probe',
-           'Protocol', 'same_protocol', 'TASKS', 'ptbxl_classes', 'ptbxl_dls', 'ptbxl_labels', 'ptbxl_records',
-           'ptbxl_table', 'PREPROCESS', 'Preprocess', 'content_hash', 'read_ecg', 'load_pma', 'save_pma', 'Accumulate',
-           'Autocast', 'checkpoint_blocks', 'compile_blocks', 'use_sdpa', 'assert_disjoint', 'check_patients',
-           'label_subsets', 'overlap', 'subset_table', 'KeyAccount', 'PartialLoad', 'load_original_pma',
-           'load_stmem_mae', 'save_stmem', 'simulate_ecg', 'synth_ptbxl', 'write_record', 'DamagedFile', 'NoThreshold',
-           'Thresholds', 'choose_thresholds', 'threshold_table', 'load_weights', 'EMA', 'audit_trainable', 'layer_lrs',
-           'layer_splitter', 'VIT_SIZES', 'EcgViT', 'ViT1d', 'load_encoder', 'save_encoder', 'EcgArray',
-           'windows_table']
+           'compare_classes', 'delong', 'holm', 'patient_counts', 'score', 'score_classes', 'CONVNETS', 'ConvNet',
+           'convnet_learner', 'RandomKernels', 'LayerStack', 'class_token', 'mean_leads', 'mean_max', 'mean_max_sd',
+           'mean_tokens', 'LEADS', 'PMA_LEADS', 'derive_leads', 'lead_name', 'evaluate', 'pma_learner',
+           'predict_record', 'pretrain_learner', 'readout_learner', 'MAE', 'MaskedModel', 'masked_mse', 'mixture',
+           'patchify', 'per_lead', 'random_mask', 'same_times', 'time_blocks', 'whole_leads', 'BrierLoss',
+           'CalibrationError', 'MacroAUPRC', 'MacroAUROC', 'MacroF1Max', 'class_auprcs', 'class_aurocs', 'class_briers',
+           'class_eces', 'class_f1s', 'class_table', 'f1_thresholds', 'macro_auprc', 'macro_auroc', 'macro_f1_max',
+           'mitbih_beats', 'mitbih_dls', 'mitbih_rhythms', 'mitbih_table', 'ProbeLayers', 'ecg_axes', 'ecg_paper',
+           'Prediction', 'Predictor', 'MaskPatches', 'PretrainLearner', 'knn_probe', 'mlp_probe', 'plot_layers',
+           'probe_layers', 'ridge_probe', 'Protocol', 'same_protocol', 'TASKS', 'ptbxl_classes', 'ptbxl_dls',
+           'ptbxl_labels', 'ptbxl_records', 'ptbxl_table', 'PREPROCESS', 'Preprocess', 'content_hash', 'read_ecg',
+           'load_pma', 'save_pma', 'Accumulate', 'Autocast', 'checkpoint_blocks', 'compile_blocks', 'use_sdpa',
+           'assert_disjoint', 'check_patients', 'label_subsets', 'overlap', 'subset_table', 'KeyAccount', 'PartialLoad',
+           'load_original_pma', 'load_stmem_mae', 'save_stmem', 'simulate_ecg', 'synth_ptbxl', 'write_record',
+           'DamagedFile', 'NoThreshold', 'Thresholds', 'choose_thresholds', 'threshold_table', 'load_weights', 'EMA',
+           'audit_trainable', 'layer_lrs', 'layer_splitter', 'VIT_SIZES', 'EcgViT', 'ViT1d', 'load_encoder',
+           'save_encoder', 'EcgArray', 'windows_table']
 
 # %% ../nbs/72_all.ipynb #480dabf8
 from .aggregate import Concat, Fuse, GroupMeans, Last, LastMean, Layer, OwnNorm, PlainNorm, PPA, SharedNorm, SignedStatic, Static, Together, class_head, linear_head, mlp_head
@@ -57,6 +57,7 @@ from .checkpoint import Checkpoint, checkpoints, load_best
 from .closed_form import beats_learner, kernels_learner, ridge_head, solve
 from .compare import Comparison, MORE_READOUTS, PMA_DEFAULT, READOUTS, compare_readouts, frozen_learner, plot_forest, random_like
 from .contract import check_model, check_readout
+from .convnet import CONVNETS, ConvNet, convnet_learner
 from .data import ecg_dls, read_records, wfdb_dls
 from .decide import calibrate, decide, predictor
 from .doctor import check_records, report
@@ -117,7 +118,7 @@ _all_ = ['Concat', 'Fuse', 'GroupMeans', 'Last', 'LastMean', 'Layer', 'OwnNorm',
          'ConstantGate', 'drop_layers', 'effective_layers', 'gate_by_class', 'gate_report', 'gate_weights', 'plot_gates', 'plot_layer_drops', 'prune', 'cka_matrix',
          'effective_rank', 'layer_cka', 'layer_geometry', 'linear_cka', 'plot_cka', 'plot_coefficients', 'plot_geometry', 'update_coefficients', 'BadRecord',
          'read_header', 'hidden_r2', 'Difference', 'Score', 'compare', 'compare_classes', 'delong', 'holm', 'patient_counts', 'score', 'score_classes',
-         'RandomKernels', 'LayerStack', 'class_token', 'mean_leads', 'mean_max', 'mean_max_sd', 'mean_tokens', 'LEADS', 'PMA_LEADS', 'derive_leads', 'lead_name', 'evaluate', 'pma_learner', 'predict_record',
+         'CONVNETS', 'ConvNet', 'convnet_learner', 'RandomKernels', 'LayerStack', 'class_token', 'mean_leads', 'mean_max', 'mean_max_sd', 'mean_tokens', 'LEADS', 'PMA_LEADS', 'derive_leads', 'lead_name', 'evaluate', 'pma_learner', 'predict_record',
          'pretrain_learner', 'readout_learner', 'MAE', 'MaskedModel', 'masked_mse', 'mixture', 'patchify', 'per_lead', 'random_mask', 'same_times', 'time_blocks',
          'whole_leads', 'BrierLoss', 'CalibrationError', 'MacroAUPRC', 'MacroAUROC', 'MacroF1Max', 'class_auprcs', 'class_aurocs', 'class_briers', 'class_eces',
          'class_f1s', 'class_table', 'f1_thresholds', 'macro_auprc', 'macro_auroc', 'macro_f1_max', 'mitbih_beats', 'mitbih_dls', 'mitbih_rhythms', 'mitbih_table',

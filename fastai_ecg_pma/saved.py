@@ -14,6 +14,7 @@ from fastcore.basics import patch
 
 from .aggregate import FusedModel, Together, members_of
 from .calibrate import Calibration
+from .convnet import ConvNet
 from .folder import read_folder, write_folder
 from .kernels import RandomKernels
 from .layers import LayerStack
@@ -30,7 +31,7 @@ def model_facts(model) -> dict:
     "What `revive_model` needs beside the weights of a `FusedModel`, as JSON can hold it"
     if isinstance(model, Together): return dict(members=[model_facts(m) for m in model.members])
     s = getattr(model, 'backbone', None)
-    if isinstance(s, RandomKernels): return dict(backbone=recipe(s), head=recipe(model.head))
+    if isinstance(s, (RandomKernels, ConvNet)): return dict(backbone=recipe(s), head=recipe(model.head))
     if not isinstance(model, FusedModel) or not isinstance(s, LayerStack): raise ValueError(
         f'a {type(model).__name__} that reads records is expected, from `pma_learner`; one that reads features has no encoder')
     if s.branches is None: raise ValueError('this LayerStack has seen no records yet: give it an example')
@@ -136,6 +137,7 @@ def _card_model(p):
 def _card_kind(m):
     n, enc = lambda m: f'{sum(v.numel() for v in m.parameters()):,}', _encoder(m)
     if isinstance(enc, RandomKernels): return f'RandomKernels ({enc.n:,} kernels), read by {n(m.head)} parameters'
+    if isinstance(enc, ConvNet): return f'{enc.arch} ({n(enc)} parameters), its last feature map read by {n(m.head)} parameters'
     return f'{type(enc).__name__} ({n(enc)} parameters), {m.backbone.n_layers} layers read by {type(m.head.fuse).__name__} ({n(m.head)} parameters with the head)'
 
 def _encoder(m): return getattr(m.backbone, 'encoder', m.backbone)

@@ -14,6 +14,7 @@ from fastai_ecg_pma.attend import AttentionPool, Attentive
 from fastai_ecg_pma.calibrate import Calibration
 from fastai_ecg_pma.thresholds import Thresholds
 from fastai_ecg_pma.closed_form import beats_learner, kernels_learner
+from fastai_ecg_pma.convnet import convnet_learner
 from fastai_ecg_pma.compare import MORE_READOUTS
 from fastai_ecg_pma.data import ecg_dls
 from fastai_ecg_pma.encoder import make_vit
@@ -99,10 +100,10 @@ def test_of_each_task(dls, task, activation, export, tmp_path):
 
 @pytest.mark.parametrize('export', [export_onnx, export_program])
 def test_several_that_answer_together(dls, export, tmp_path):
-    members = [*(made(dls, c).model for c in ('PMA', 'concatenation')), kernels_learner(dls, 60, segment=30).model, beats_learner(dls, 60).model]
+    members = [*(made(dls, c).model for c in ('PMA', 'concatenation')), kernels_learner(dls, 60, segment=30).model, beats_learner(dls, 60).model, convnet_learner(dls, seed=0).model.eval()]
     p = replace(predictor(made(dls, 'PMA'), score=False), model=Together(members))
     x = torch.randn(5, 12, 100)
-    with torch.no_grad(): want = torch.sigmoid(sum(m(x) for m in members)/4).numpy()
+    with torch.no_grad(): want = torch.sigmoid(sum(m(x) for m in members)/len(members)).numpy()
     got, = dict(export_onnx=onnx_runner, export_program=program_runner)[export.__name__](export(p, tmp_path/'m.pt2'))(x)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 

@@ -27,6 +27,7 @@ from fastai_ecg_pma.attend import AttentionPool, Attentive
 from fastai_ecg_pma.cache import EcgCache, cache_ecg
 from fastai_ecg_pma.checkpoint import Checkpoint, FellBack, load_best
 from fastai_ecg_pma.closed_form import beats_learner, kernels_learner
+from fastai_ecg_pma.convnet import convnet_learner
 from fastai_ecg_pma.compare import PMA_DEFAULT
 from fastai_ecg_pma.data import ecg_dls
 from fastai_ecg_pma.encoder import make_vit
@@ -221,6 +222,16 @@ def test_random_kernels_travel(make, tmp_path):
     facts['backbone']['args']['n'] = 10**9                                   # neither drawn nor allocated
     with pytest.raises(ValueError): revive_model(facts, state, PREP)
     with pytest.raises(ValueError, match='neither of the encoder'): revive_model(model_facts(p.model), {**state, 'more': torch.ones(1)}, PREP)
+
+@pytest.mark.parametrize('task', ['labels', 'class', 'numbers'])
+def test_convolutional_networks_travel(task, tmp_path):
+    p = predictor(convnet_learner(of_task(task), seed=0), score=False)
+    save_pma(p, tmp_path/'m')
+    same_answers(p, load_pma(tmp_path/'m'), task)
+    assert 'xresnet1d18 (' in (tmp_path/'m'/'README.md').read_text()
+    facts = model_facts(p.model)
+    for name in ('xresnet1d50', 'os.system', 3):
+        with pytest.raises(ValueError): revive_model({**facts, 'backbone': {**facts['backbone'], 'args': {**facts['backbone']['args'], 'arch': name}}}, p.model.state_dict(), PREP)
 
 @pytest.mark.parametrize('n,says', [(0, 'list of 1 to'), (1, 'of no member'), (101, 'list of 1 to')])
 def test_members_that_a_file_counts_wrongly(n, says):

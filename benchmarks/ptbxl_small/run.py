@@ -11,7 +11,7 @@ Runs stay in WORK and are not made again; one that was interrupted goes on. Tabl
 runs.csv     task, recipe, share of the labels, seed, group, macro-AUROC, minutes (of the training; of the pretraining in the row of the first group)
 table.csv    task, recipe, or several `--together`, whose scores are averaged over them and over seeds: mean over groups (median over seeds) with its spread over groups, fold 9 with its 95 % interval (patients drawn
              again), the protocol's hash, and with its interval the paired difference, mean over groups, to `kernels`; and of a recipe with a change,
-             or several, to the same without it
+             or several, to the same without its last change, or the last ones
 """
 import argparse
 from pathlib import Path
@@ -72,10 +72,15 @@ def row(args, names, share, said):
     if (last := len(GROUPS)-1) in args.groups:
         i = args.groups.index(last); s = score(ps[i], ys[i], patients[i])
         out |= dict(fold9=s.point, fold9_low=s.low, fold9_high=s.high, protocol=small_dls(args, 0, share, last).protocol.on('valid').hash)
-    for other,to in (('kernels', 'difference d_low d_high'), ('+'.join(n.split(' ')[0] for n in names.split('+')), 'change c_low c_high')):
+    for other,to in (('kernels', 'difference d_low d_high'), ('+'.join(unchanged(n, args.recipes) for n in names.split('+')), 'change c_low c_high')):
         if other == names or not {*other.split('+')} <= {*args.recipes}: continue
         out |= dict(zip(to.split(), paired(list(zip(ps, scores(args, other, said), ys, patients)))))
     return out
+
+def unchanged(name, recipes):
+    "The recipe without its last change, or without as many as it takes to come to one of `recipes`"
+    while ' ' in name and (name := name.rpartition(' ')[0]) not in recipes: pass
+    return name
 
 def paired(groups):
     "Mean over groups of the difference in macro-AUROC, with its 95 % interval; a group is `(scores, others, targets, patients)`. Groups hold other patients: their errors are independent"
