@@ -34,7 +34,7 @@ pretraining:
     - Shift(most=100, p=1)
     - Stretch(factor=1.1, p=1)
   fit:
-    epochs: 200
+    epochs: 400
     lr: 2e-3
     clip: 1.0
     precision: bfloat16
@@ -45,7 +45,7 @@ fit:
   precision: bfloat16
   ema: 0.995
   clip: 1.0
-lr_mult: 4
+lr_mult: 1
 members: 3
 beside: [kernels, beats, kernels, beats]
 calibration: null
