@@ -92,7 +92,7 @@ def _place(c, values, named):
     "Values without a name, at the keys that are needed and were not named, at sections `data`, and what is left in a list"
     from fastai_ecg_pma.config import Key
     keys = c.top.keys()
-    said = {k.split('.')[0] for k in named}
+    said = {k.removesuffix('.folder') for k in named}
     slots = [k for k,key in keys.items() if k not in said and (isinstance(key, Key) and key.needed or k == 'data')]
     many = next((k for k,key in keys.items() if isinstance(key, Key) and key.kind is list and k in ('records',)), None)
     for v in values:
