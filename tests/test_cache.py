@@ -157,19 +157,25 @@ def ignores_ctrl_c(pid):
     return bool(int(status.partition('SigIgn:')[2].split()[0], 16) >> signal.SIGINT-1 & 1)
 
 def test_ctrl_c_ends_builder_and_workers_and_loses_nothing(folder, tmp_path):
-    code = (f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_cache as t; from pathlib import Path; t.Preprocess.read = t.slow(t.Preprocess.read); "
+    code = (f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_cache as t; from pathlib import Path; t.Preprocess.read = t.waiting(t.Preprocess.read, Path({str(tmp_path/'go')!r})); "
             f"t.build(Path({str(folder)!r}), Path({str(tmp_path/'cache')!r}), 6, 4)")
     p = subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True, start_new_session=True)
-    until = time.time() + 30
+    until = time.time() + 60
     while sum(map(ignores_ctrl_c, members(p.pid))) < 6 and time.time() < until: time.sleep(.01)    # six workers, two of them idle
     os.killpg(p.pid, signal.SIGINT)                                          # a terminal's Ctrl-C reaches all of them
+    (tmp_path/'go').touch()
     _, err = p.communicate(timeout=60)
     assert p.returncode != 0 and err.count('Traceback') == err.count('KeyboardInterrupt') == 1, err
     assert members(p.pid) == [] and n_lines(tmp_path/'cache') <= 4
     build(folder, tmp_path/'cache', n=4); build(folder, tmp_path/'want', n=4)
     assert files(tmp_path/'cache') == files(tmp_path/'want')
 
-def slow(f): return lambda *args: time.sleep(20) or f(*args)       # Ctrl-C comes while all of them sleep, on a busy machine too
+def waiting(f, go):
+    "Ctrl-C comes while all of them are at a record, on a busy machine too"
+    def read(*args):
+        while not go.exists(): time.sleep(.01)
+        return f(*args)
+    return read
 
 
 class Deadly(Preprocess):
