@@ -48,9 +48,10 @@ def read_yaml(text:str, name:str='the configuration'):
 
 def read_config(file) -> dict:
     "A YAML file with a mapping, or where there is no such file, the preset of that name"
-    name = str(file)
-    if not (file := Path(file)).is_file() and name in PRESETS: return read_yaml(PRESETS[name], name)
-    if not file.is_file(): raise BadConfig(f'no configuration {file}: no file of that name, and no preset ({", ".join(PRESETS)})')
+    if not Path(file).is_file():
+        if (name := str(file)) in PRESETS: return read_yaml(PRESETS[name], name)
+        raise BadConfig(f'no configuration {file}: no file of that name, and no preset ({", ".join(PRESETS)})')
+    file = Path(file)
     if file.stat().st_size > MAX_CONFIG: raise BadConfig(f'{file} has {file.stat().st_size} bytes: a configuration has at most {MAX_CONFIG}')
     try: d = read_yaml(file.read_text(encoding='utf-8'), str(file))
     except UnicodeDecodeError as e: raise BadConfig(f'{file} is no text in UTF-8: {e}') from None

@@ -185,11 +185,12 @@ def member_beside(name, dls, model, seed, fit, cbs):
     with training(learn, f'Training {name}'): learn.fit_one_cycle(fit.epochs, fit.lr, pct_start=fit.warmup)
     return learn
 
-def check_members(dls, members, beside, pretrained):
+def check_members(dls, members, beside, scratch, pretrained):
     if odd := [k for k in beside if k not in (*SOLVED, *CONVNETS)]: raise ValueError(f'beside is {beside}: of {", ".join((*SOLVED, *CONVNETS))}')
     if not (0 if beside else 1) <= members <= MAX_MEMBERS-len(beside): raise ValueError(f'members is {members}: a whole number from {0 if beside else 1} to {MAX_MEMBERS-len(beside)}')
-    if members+len(beside) > 1 and num_distrib() > 1: raise ValueError('several processes train one model: members=1, beside=[]')
+    if (members > 1 or beside) and num_distrib() > 1: raise ValueError('several processes train one model: members=1, beside=[]')
     if (odd := [k for k in beside if k in SOLVED]) and task_of(dls)[0] != 'labels': raise ValueError(f'beside is {beside}: {odd[0]}, by ridge regression on labels, and these records have none: leave it out')
+    if scratch and not {*beside} & {*CONVNETS}: raise ValueError(f'scratch says how members from random weights are trained, and beside is {beside}: add one of {", ".join(CONVNETS)}, or leave scratch out')
     if list(beside).count('layers') > 1: raise ValueError(f'beside is {beside}: layers twice would be the same twice')
     if 'layers' in beside and not pretrained: raise ValueError('beside is layers, of a pretrained encoder: name one, model.arch, or add a section pretraining')
 
@@ -216,7 +217,7 @@ def train(
     pretrained = not (arch is None or is_class(arch)) or model.keywords.get('weights_path') is not None
     if pretraining and pretrained: raise ValueError('pretraining begins with an untrained encoder, and model.arch or model.weights_path names a trained one: leave one of them out')
     pretrained = pretrained or pretraining is not None
-    check_members(dls, members, beside, pretrained)
+    check_members(dls, members, beside, scratch, pretrained)
     if frozen and not pretrained: raise ValueError('frozen=true leaves an untrained encoder as it is: name a pretrained one, model.arch')
     if pretraining:
         partial(model, arch=arch)(dls, seed=seed)                           # what would fail after hours of pretraining fails now
