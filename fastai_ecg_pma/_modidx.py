@@ -1542,6 +1542,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fastai_ecg_pma.saved._encoder': ('saved.html#_encoder', 'fastai_ecg_pma/saved.py'),
                                       'fastai_ecg_pma.saved._is_named': ('saved.html#_is_named', 'fastai_ecg_pma/saved.py'),
                                       'fastai_ecg_pma.saved._revive_members': ('saved.html#_revive_members', 'fastai_ecg_pma/saved.py'),
+                                      'fastai_ecg_pma.saved._whole': ('saved.html#_whole', 'fastai_ecg_pma/saved.py'),
                                       'fastai_ecg_pma.saved.load_pma': ('saved.html#load_pma', 'fastai_ecg_pma/saved.py'),
                                       'fastai_ecg_pma.saved.model_card': ('saved.html#model_card', 'fastai_ecg_pma/saved.py'),
                                       'fastai_ecg_pma.saved.model_facts': ('saved.html#model_facts', 'fastai_ecg_pma/saved.py'),
