@@ -48,6 +48,7 @@ def trained(args, name, seed, share, g):
     out, c = folder_of(args, name, seed, share, g), recipe(name)
     if not (out/'predictions.csv').exists():
         if c.values['pretraining']: c.update(dict(model=dict(arch=str(encoder(args, c, seed)/'encoder'), arch_config=None), pretraining=None))
-        c.update(dict(data=dict(folder=args.folder, cache=str(args.work/'cache'), **records(args, g, share, seed)), fit=dict(epochs=epochs(c.values['fit']['epochs'], share)), seed=seed, out=str(out)))
+        c.update({k: dict(epochs=epochs(c.values[k]['epochs'], share)) for k in ('fit', 'scratch') if c.values[k]})
+        c.update(dict(data=dict(folder=args.folder, cache=str(args.work/'cache'), **records(args, g, share, seed)), seed=seed, out=str(out)))
         timed(out, lambda: c.call(values=c.values))
     return pd.read_csv(out/'predictions.csv')
