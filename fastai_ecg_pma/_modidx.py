@@ -277,7 +277,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'fastai_ecg_pma.beat': { 'fastai_ecg_pma.beat.MedianBeat': ('beat.html#medianbeat', 'fastai_ecg_pma/beat.py'),
                                      'fastai_ecg_pma.beat.MedianBeat.__init__': ('beat.html#medianbeat.__init__', 'fastai_ecg_pma/beat.py'),
                                      'fastai_ecg_pma.beat.MedianBeat.beat': ('beat.html#medianbeat.beat', 'fastai_ecg_pma/beat.py'),
-                                     'fastai_ecg_pma.beat.MedianBeat.drawn': ('beat.html#medianbeat.drawn', 'fastai_ecg_pma/beat.py'),
                                      'fastai_ecg_pma.beat.MedianBeat.find': ('beat.html#medianbeat.find', 'fastai_ecg_pma/beat.py'),
                                      'fastai_ecg_pma.beat.MedianBeat.forward': ('beat.html#medianbeat.forward', 'fastai_ecg_pma/beat.py'),
                                      'fastai_ecg_pma.beat.cut': ('beat.html#cut', 'fastai_ecg_pma/beat.py'),

@@ -20,13 +20,11 @@ class MedianBeat(nn.Module):
         after:float=.55, # Seconds after it
         most:int=24, # Beats that are looked at, the strongest
         lag:float=.04, # Seconds by which a beat may be moved to fit the others
-        share:float=1., # While a model is trained: the share of its beats that a record is taken by, others each time
     ):
         super().__init__()
         if not 40 < fs: raise ValueError(f'fs={fs}: QRS complexes are looked for up to 20 Hz, so more than 40 samples a second are needed')
         if most < 1 or min(before, after) <= 0 or lag < 0: raise ValueError(f'most={most}, before={before}, after={after}, lag={lag}: a beat at least, of some length, moved by 0 seconds or more')
-        if not 0 < share <= 1: raise ValueError(f'share={share}: more than 0, 1 at most')
-        self.fs,self.before,self.after,self.most,self.lag,self.share = fs,before,after,most,lag,share
+        self.fs,self.before,self.after,self.most,self.lag = fs,before,after,most,lag
         self.ahead,self.room = round(before*fs),round(lag*fs)
         self.width = self.ahead + round(after*fs)
         self.register_buffer('qrs', torch.tensor(firwin(2*round(.15*fs)+1, [8, 20], fs=fs, pass_zero=False), dtype=torch.float)[None,None])
@@ -41,13 +39,7 @@ class MedianBeat(nn.Module):
         peak = (energy == max_pool1d(energy[:,None], odd(.6), 1, odd(.6)//2)[:,0]) & (energy > .35*energy.topk(max(1, n//50), 1).values[:,-1:])
         peak = peak & (t >= self.ahead+self.room) & (t <= n-(self.width-self.ahead)-self.room)
         height, at = torch.where(peak, energy, 0.).topk(min(self.most, n), 1)
-        return at-self.ahead, self.drawn(height > 0)
-
-    def drawn(self, there):
-        "While it is trained, some of the beats that are `there`; all of them where none was drawn"
-        if not self.training or self.share == 1: return there
-        some = there & (torch.rand(there.shape, device=there.device) < self.share)
-        return torch.where(some.any(1, keepdim=True), some, there)
+        return at-self.ahead, height > 0
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False): return self.beat(x.float())
