@@ -42,7 +42,7 @@ class MedianBeat(nn.Module):
         return at-self.ahead, height > 0
 
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False): return self.beat(x.float())
+        with torch.autocast(x.device.type, enabled=False): return self.beat(x.to(self.qrs.dtype))
 
     def beat(self, x):
         at, there = self.find(x)
