@@ -1768,6 +1768,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'fastai_ecg_pma/trainings.py'),
                                           'fastai_ecg_pma.trainings.Fit.callbacks': ( 'trainings.html#fit.callbacks',
                                                                                       'fastai_ecg_pma/trainings.py'),
+                                          'fastai_ecg_pma.trainings.Scratch': ('trainings.html#scratch', 'fastai_ecg_pma/trainings.py'),
                                           'fastai_ecg_pma.trainings.alone': ('trainings.html#alone', 'fastai_ecg_pma/trainings.py'),
                                           'fastai_ecg_pma.trainings.begin': ('trainings.html#begin', 'fastai_ecg_pma/trainings.py'),
                                           'fastai_ecg_pma.trainings.check_ends': ( 'trainings.html#check_ends',

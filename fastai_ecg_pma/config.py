@@ -99,7 +99,7 @@ def _key(name, default, anno, doc, own=None):
     if _is_instance(default): return Args(type(default), **{f.name: getattr(default, f.name) for f in fields(default)}), doc
     needed, none = default is inspect.Parameter.empty, type(None) in get_args(anno)
     anno = next((a for a in get_args(anno) if a in KINDS), anno) if none else anno
-    if name in PARTS: return Key(name, 'parts' if isinstance(default, dict) else 'series' if isinstance(default, (tuple, list)) else 'part', None if needed else default, doc, needed, none or default is None)
+    if name in PARTS: return Key(name, 'parts' if isinstance(default, dict) else 'series' if isinstance(default, (tuple, list)) or anno is list else 'part', None if needed else default, doc, needed, none or default is None)
     kind = list if isinstance(default, (tuple, list, range)) else anno if anno in KINDS else None if default is None or needed else type(default)
     return Key(name, kind, None if needed else list(default) if kind is list and default is not None else default, doc, needed, none or default is None or needed)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'DATA', 'LEARNER', 'PRECISIONS', 'SOLVED', 'Fit', 'make_dls', 'find_arch', 'say_records', 'prepare',
-           'begin', 'several', 'alone', 'training', 'pretrain', 'last_metrics', 'pretrain_first', 'member_beside',
-           'check_members', 'train', 'check_ends', 'predictions', 'keep_predictions', 'keep_model']
+           'begin', 'several', 'alone', 'training', 'pretrain', 'last_metrics', 'pretrain_first', 'Scratch',
+           'member_beside', 'check_members', 'train', 'check_ends', 'predictions', 'keep_predictions', 'keep_model']
 
 # %% ../nbs/71_trainings.ipynb #1310a99e
 import os
@@ -177,6 +177,12 @@ SOLVED = dict(
     beats = lambda dls, model, seed: beats_learner(dls, seed=seed),
     layers = lambda dls, model, seed: solve(model(dls, readout=partial(Concat, embeddings=True), head=linear_head, layer_norm=None, token_pool=None, seed=seed)))
 
+@dataclass
+class Scratch(Fit):
+    "How a member is trained that begins at random weights"
+    epochs:int = 25
+    batch_tfms:Optional[list] = None    # Augmentations of its batches; null: those of `data`
+
 def member_beside(name, dls, model, seed, fit, cbs):
     "A learner of another kind: solved, or trained from random weights"
     if name in SOLVED: return SOLVED[name](dls, model, seed)
@@ -200,7 +206,7 @@ def train(
     model:Args(pma_learner, LEARNER + ' loss_func', (encoder_stack, readout_learner)), # The encoder and how it is read
     fit:Args(Fit, epochs=10), # How it is trained
     pretraining:Args(pretrain_first, 'arch arch_config size data seed out', optional=True)=None, # First pretrain the encoder on the training records, without labels
-    scratch:Args(Fit, epochs=25, optional=True)=None, # How members of `beside` that begin at random weights are trained; null: as `fit` says
+    scratch:Args(Scratch, optional=True)=None, # How members of `beside` that begin at random weights are trained; null: as `fit` says
     freeze_epochs:int=1, # Of a pretrained encoder: epochs in which it is left as it is, before all is trained
     lr_mult:float=100, # When all is trained: how much slower the encoder's first layers learn than its head
     frozen:bool=False, # Leave a pretrained encoder as it is throughout: its read-out alone is trained
@@ -218,6 +224,7 @@ def train(
     if pretraining and pretrained: raise ValueError('pretraining begins with an untrained encoder, and model.arch or model.weights_path names a trained one: leave one of them out')
     pretrained = pretrained or pretraining is not None
     check_members(dls, members, beside, scratch, pretrained)
+    augmented = dls if not scratch or scratch.batch_tfms is None else make_dls(partial(data.func, **{**data.keywords, 'batch_tfms': scratch.batch_tfms}), getattr(arch, 'prep', None))
     if frozen and not pretrained: raise ValueError('frozen=true leaves an untrained encoder as it is: name a pretrained one, model.arch')
     if pretraining:
         partial(model, arch=arch)(dls, seed=seed)                           # what would fail after hours of pretraining fails now
@@ -236,7 +243,7 @@ def train(
     for i,name in enumerate(beside):
         again = list(beside[:i]).count(name)
         cbs = begin(out, 'train', values, scratch or fit, part := f'{name}{again or ""}')
-        learn = member_beside(name, dls, partial(model, arch=arch), seed+again, scratch or fit, cbs)
+        learn = member_beside(name, augmented if name in CONVNETS else dls, partial(model, arch=arch), seed+again, scratch or fit, cbs)
         trained.append(get_model(learn.model))
         keep_predictions(learn, Path(out)/part)
     if len(trained) > 1: learn.model, learn.seed = Together(trained), seed
