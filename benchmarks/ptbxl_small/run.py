@@ -9,7 +9,7 @@ scored on fold 9. Labels are the five super-classes; with `--task statements`, a
 
 Runs stay in WORK and are not made again; one that was interrupted goes on. Tables in OUT are added to:
 runs.csv     task, recipe, share of the labels, seed, group, macro-AUROC, minutes (of the training; of the pretraining in the row of the first group)
-table.csv    task, recipe, or several `--together`, whose scores are averaged over them and over seeds: mean over groups (median over seeds) with its spread over groups, fold 9 with its 95 % interval (patients drawn
+table.csv    task, recipe, or several `--together`, whose scores are averaged over them and over seeds: mean over groups (median over seeds) with its spread over groups, empty unless all are there, fold 9 with its 95 % interval (patients drawn
              again), the protocol's hash, and with its interval the paired difference, mean over groups, to `kernels`; and of a recipe with a change,
              or several, to the same without its last change, or the last ones
 """
@@ -68,12 +68,13 @@ def row(args, names, share, said):
     about = [said[args.recipes[0],args.seeds[0],g] for g in args.groups]
     ys, patients, ps = [pair(t)[1] for t in about], [t.patient_id.to_numpy() for t in about], scores(args, names, said)
     by_group = [np.median([macro_auroc(p, y) for p in group]) for group,y in zip(ps, ys)]
-    out = dict(task=args.task, recipe=names, share=share, seeds=len(args.seeds), cv=np.mean(by_group), spread=np.std(by_group, ddof=1))
+    out, whole = dict(task=args.task, recipe=names, share=share, seeds=len(args.seeds)), len(args.groups) == len(GROUPS)
+    if whole: out |= dict(cv=np.mean(by_group), spread=np.std(by_group, ddof=1))
     if (last := len(GROUPS)-1) in args.groups:
         i = args.groups.index(last); s = score(ps[i], ys[i], patients[i])
         out |= dict(fold9=s.point, fold9_low=s.low, fold9_high=s.high, protocol=small_dls(args, 0, share, last).protocol.on('valid').hash)
     for other,to in (('kernels', 'difference d_low d_high'), ('+'.join(unchanged(n, args.recipes) for n in names.split('+')), 'change c_low c_high')):
-        if other == names or not {*other.split('+')} <= {*args.recipes}: continue
+        if not whole or other == names or not {*other.split('+')} <= {*args.recipes}: continue
         out |= dict(zip(to.split(), paired(list(zip(ps, scores(args, other, said), ys, patients)))))
     return out
 
