@@ -206,7 +206,7 @@ def train(
     model:Args(pma_learner, LEARNER + ' loss_func', (encoder_stack, readout_learner)), # The encoder and how it is read
     fit:Args(Fit, epochs=10), # How it is trained
     pretraining:Args(pretrain_first, 'arch arch_config size data seed out', optional=True)=None, # First pretrain the encoder on the training records, without labels
-    scratch:Args(Scratch, optional=True)=None, # How members of `beside` that begin at random weights are trained; null: as `fit` says
+    scratch:Args(Scratch, docs=(Fit,), optional=True)=None, # How members of `beside` that begin at random weights are trained; null: as `fit` says
     freeze_epochs:int=1, # Of a pretrained encoder: epochs in which it is left as it is, before all is trained
     lr_mult:float=100, # When all is trained: how much slower the encoder's first layers learn than its head
     frozen:bool=False, # Leave a pretrained encoder as it is throughout: its read-out alone is trained
