@@ -116,7 +116,7 @@ class Preprocess:
     fill:float = 0.              # what stands where nothing was recorded, after standardising; None: NaN, which a model must know how to mask (TSTPlus does)
     highpass:float = None        # Hz, zero-phase Butterworth of `order`, at the new rate
     lowpass:float = None         # Hz
-    order:int = 5
+    order:int = 5                # of the Butterworth filters, before running them both ways
     notch:float = None           # Hz: 50 or 60
     dtype:str = 'float32'        # between the stages, in a cache and at prediction alike; 'float16' halves a cache
 

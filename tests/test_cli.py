@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 import warnings
+from importlib import import_module
 
 import pandas as pd, pytest, torch, yaml
 from safetensors.torch import load_file
 
 from fastai_ecg_pma.cli import VERBS, main
+from fastai_ecg_pma.config import Args, Key
 from fastai_ecg_pma.ptbxl import ptbxl_table
 from fastai_ecg_pma.synth import synth_ptbxl
 
@@ -214,6 +216,22 @@ def test_several_processes(home):
     good('pretrain', 'ecgs', 'epochs=1', 'bs=16', 'out=one', cwd=home)
     a, b = (pd.read_csv(home/d/'log.csv') for d in ('one', 'two'))
     assert r.stdout.count('The encoder is in') == 1 and abs(a.train_loss - b.train_loss).max() < 1e-3 and abs(a.valid_loss - b.valid_loss).max() < 1e-3
+
+
+# ---- what is written about keys
+
+def unexplained(args, at=''):
+    "Keys without a text, in each of its functions and in its sections"
+    for source in args.funcs:
+        for k,key in args.keys(source).items():
+            if not isinstance(key, Key): yield from unexplained(key[0], f'{at}{k}.')
+            elif not key.doc and at+k != 'values': yield at+k
+
+
+@pytest.mark.parametrize('verb', [v for v in VERBS if v != 'config'])
+def test_every_key_of_a_written_configuration_is_explained(verb):
+    module, name, _ = VERBS[verb]
+    assert not [*unexplained(Args(getattr(import_module(f'fastai_ecg_pma.{module}'), name)))]
 
 
 # ---- wrong usage
