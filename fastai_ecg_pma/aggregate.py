@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Fuse', 'mix', 'Layer', 'Last', 'LastMean', 'PPA', 'start_from', 'begin_at', 'Static', 'SignedStatic', 'Concat',
            'GroupMeans', 'PlainNorm', 'SharedNorm', 'OwnNorm', 'mlp_head', 'linear_head', 'class_head', 'fused_width',
-           'ReadOut', 'FusedModel', 'Together', 'members_of']
+           'ReadOut', 'FusedModel', 'OneLayer', 'Together', 'members_of']
 
 # %% ../nbs/21_aggregate.ipynb #a971d3d4
 import torch
@@ -217,6 +217,23 @@ class FusedModel(nn.Module):
     def weights(self, x):
         "How much each layer counts for each record: `[bs,n_layers]`, or `[bs,n_layers,n_leads]` where leads have their own. `ValueError` where there are none"
         return self.head.fuse.weights(self.head.normed(self.stack(x), self.backbone.norm))
+
+# %% ../nbs/21_aggregate.ipynb #one00002
+class OneLayer(nn.Module):
+    "A backbone of one layer, whose embeddings are the same again: `x` `[bs,n_leads,seq_len]` -> stack `[bs,2,d]` of its `features`, `[bs,d]`. Subclasses set `d`"
+    n_layers, pool = 1, None
+    def __init__(self, n_leads:int, seq_len:int):
+        super().__init__()
+        self.n_leads,self.seq_len = n_leads,seq_len
+
+    def features(self, x): raise NotImplementedError(f'{type(self).__name__} has no features(x)')
+
+    def norm(self, z): return z
+
+    def forward(self, x, pool=None):
+        if pool is not None: raise ValueError(f'{type(self).__name__} has no tokens to be pooled: leave token_pool out')
+        if x.shape[1:] != (self.n_leads, self.seq_len): raise ValueError(f'expected x of [bs, {self.n_leads} leads, {self.seq_len} samples], got {list(x.shape)}')
+        return self.features(x)[:,None].expand(-1, 2, -1)
 
 # %% ../nbs/21_aggregate.ipynb #tog00002
 class Together(nn.Module):

@@ -7,36 +7,29 @@ __all__ = ['CONVNETS', 'ConvNet', 'convnet_learner']
 
 # %% ../nbs/52_convnet.ipynb #cnv00005
 from fastai.torch_core import set_seed
-from torch import nn
 from tsai.models.InceptionTimePlus import InceptionTimePlus
 from tsai.models.XResNet1dPlus import xresnet1d18plus, xresnet1d34plus, xresnet1d50plus
 
-from .aggregate import Last, linear_head
+from .aggregate import Last, OneLayer, linear_head
 from .learner import readout_learner
 
 # %% ../nbs/52_convnet.ipynb #cnv00008
 CONVNETS = dict(xresnet1d18=xresnet1d18plus, xresnet1d34=xresnet1d34plus, xresnet1d50=xresnet1d50plus, inception_time=InceptionTimePlus)
 
-class ConvNet(nn.Module):
+class ConvNet(OneLayer):
     "`x` `[bs,n_leads,seq_len]` -> stack `[bs,2,d]`, both entries alike: the mean over time of the last feature map of a network of tsai, from random weights"
-    n_layers, pool = 1, None
     def __init__(self,
         arch:str, # One of `CONVNETS`
         n_leads:int, # Leads, in an order that stays
         seq_len:int, # Samples a lead
     ):
-        super().__init__()
+        super().__init__(n_leads, seq_len)
         if arch not in CONVNETS: raise ValueError(f'arch={arch!r}: one of {", ".join(CONVNETS)} is expected')
-        self.arch,self.n_leads,self.seq_len = arch,n_leads,seq_len
+        self.arch = arch
         net = CONVNETS[arch](n_leads, 1, seq_len)
         self.body, self.d = net.backbone, net.head_nf
 
-    def norm(self, z): return z
-
-    def forward(self, x, pool=None):
-        if pool is not None: raise ValueError('the feature map of a convolutional network is pooled by its mean: leave token_pool out')
-        if x.shape[1:] != (self.n_leads, self.seq_len): raise ValueError(f'expected x of [bs, {self.n_leads} leads, {self.seq_len} samples], got {list(x.shape)}')
-        return self.body(x).mean(-1)[:,None].expand(-1, 2, -1)
+    def features(self, x): return self.body(x).mean(-1)
 
 # %% ../nbs/52_convnet.ipynb #cnv00013
 def convnet_learner(

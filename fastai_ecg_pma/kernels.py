@@ -7,8 +7,8 @@ __all__ = ['DILATIONS', 'AT_ONCE', 'random_kernels', 'RandomKernels', 'found']
 
 # %% ../nbs/42_kernels.ipynb #ker00004
 import math, torch
-from torch import nn
 from torch.nn.functional import conv1d, pad
+from .aggregate import OneLayer
 from .beat import MedianBeat
 
 # %% ../nbs/42_kernels.ipynb #ker00007
@@ -26,9 +26,8 @@ def random_kernels(n:int, n_leads:int, kernel:int, seed:int):
 # %% ../nbs/42_kernels.ipynb #ker00010
 AT_ONCE = 256
 
-class RandomKernels(nn.Module):
+class RandomKernels(OneLayer):
     "`x` `[bs,n_leads,seq_len]` -> stack `[bs,2,2*n]`, both entries alike: of each kernel the mean over a record's segments of its maximum, and the share of samples at which it is positive. Nothing in it is trained"
-    n_layers, pool = 1, None
     def __init__(self,
         n_leads:int, # Leads, in an order that stays
         seq_len:int, # Samples a lead
@@ -38,29 +37,24 @@ class RandomKernels(nn.Module):
         seed:int=0, # Of the kernels
         beat_fs:float=None, # Samples a second: read the median beat; None: the whole record
     ):
-        super().__init__()
+        super().__init__(n_leads, seq_len)
         self.beat = MedianBeat(beat_fs) if beat_fs else None
         self.dilations = [d for d in DILATIONS if d*(kernel-1) < (self.beat.width if beat_fs else seq_len)]
         if n < len(self.dilations) or not self.dilations: raise ValueError(f'n={n}, kernel={kernel}: {max(1, len(self.dilations))} kernels at least, one for each dilation, and shorter than what they look at')
         if kernel % 2 == 0: raise ValueError(f'kernel={kernel}: an odd number is expected, so that a kernel has a middle')
         if segment < 1: raise ValueError(f'segment={segment}: one sample at least')
-        self.n_leads,self.seq_len,self.n,self.kernel,self.segment,self.seed,self.beat_fs,self.d = n_leads,seq_len,n,kernel,segment,seed,beat_fs,2*n
+        self.n,self.kernel,self.segment,self.seed,self.beat_fs,self.d = n,kernel,segment,seed,beat_fs,2*n
         w, b = random_kernels(n, n_leads, kernel, seed)
         self.register_buffer('w', w); self.register_buffer('b', b)
-
-    def norm(self, z): return z
 
     def parts(self):
         "Weights, biases and dilation of at most `AT_ONCE` kernels at a time, which bounds the memory that a forward takes"
         ends = [self.n*i//len(self.dilations) for i in range(len(self.dilations)+1)]
         return [(self.w[i:min(i+AT_ONCE, z)], self.b[i:min(i+AT_ONCE, z)], d) for a,z,d in zip(ends, ends[1:], self.dilations) for i in range(a, z, AT_ONCE)]
 
-    def forward(self, x, pool=None):
-        if pool is not None: raise ValueError('random kernels are pooled already: leave token_pool out')
-        if x.shape[1:] != (self.n_leads, self.seq_len): raise ValueError(f'expected x of [bs, {self.n_leads} leads, {self.seq_len} samples], got {list(x.shape)}')
+    def features(self, x):
         if self.beat is not None: x = self.beat(x)
-        z = torch.cat([found(conv1d(x, w, b, dilation=d, padding=(self.kernel-1)*d//2), self.segment) for w,b,d in self.parts()], 1)
-        return z[:,None].expand(-1, 2, -1)
+        return torch.cat([found(conv1d(x, w, b, dilation=d, padding=(self.kernel-1)*d//2), self.segment) for w,b,d in self.parts()], 1)
 
 def found(y, segment:int):
     "`[bs,n,seq_len]` -> mean over segments of their maximum, and the share positive, `[bs,2*n]`"

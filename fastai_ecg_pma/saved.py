@@ -13,7 +13,8 @@ from collections import Counter
 from dataclasses import replace
 from fastcore.basics import patch
 
-from .aggregate import FusedModel, Together, members_of
+from .aggregate import FusedModel, OneLayer, Together, members_of
+from .beat import BeatSlopes
 from .calibrate import Calibration
 from .convnet import ConvNet
 from .folder import read_folder, write_folder
@@ -32,7 +33,7 @@ def model_facts(model) -> dict:
     "What `revive_model` needs beside the weights of a `FusedModel`, as JSON can hold it"
     if isinstance(model, Together): return dict(members=[model_facts(m) for m in model.members])
     s = getattr(model, 'backbone', None)
-    if isinstance(s, (RandomKernels, ConvNet)): return dict(backbone=recipe(s), head=recipe(model.head))
+    if isinstance(s, OneLayer): return dict(backbone=recipe(s), head=recipe(model.head))
     if not isinstance(model, FusedModel) or not isinstance(s, LayerStack): raise ValueError(
         f'a {type(model).__name__} that reads records is expected, from `pma_learner`; one that reads features has no encoder')
     if s.branches is None: raise ValueError('this LayerStack has seen no records yet: give it an example')
@@ -147,6 +148,7 @@ def _card_model(p):
 def _card_kind(m):
     n, enc = lambda m: f'{sum(v.numel() for v in m.parameters()):,}', _encoder(m)
     if isinstance(enc, RandomKernels): return f'RandomKernels ({enc.n:,} kernels), read by {n(m.head)} parameters'
+    if isinstance(enc, BeatSlopes): return f'BeatSlopes (the median beat, {enc.d:,} numbers), read by {type(m.head.classifier).__name__} ({n(m.head)} parameters)'
     if isinstance(enc, ConvNet): return f'{enc.arch} ({n(enc)} parameters), its last feature map read by {n(m.head)} parameters'
     return f'{type(enc).__name__} ({n(enc)} parameters), {m.backbone.n_layers} layers read by {type(m.head.fuse).__name__} ({n(m.head)} parameters with the head)'
 

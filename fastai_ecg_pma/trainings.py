@@ -38,6 +38,7 @@ from .runs import begin_run, check_run, loggers, showing, stoppable
 from .saved import MAX_MEMBERS, save_pma
 from .scale import Accumulate, Autocast
 from .thresholds import choose_thresholds
+from .trees import trees_learner
 from .tune import EMA
 from .weights import load_encoder, save_encoder
 
@@ -175,6 +176,7 @@ def pretrain_first(
 SOLVED = dict(
     kernels = lambda dls, model, seed: kernels_learner(dls, seed=seed),
     beats = lambda dls, model, seed: beats_learner(dls, seed=seed),
+    trees = lambda dls, model, seed: trees_learner(dls, seed=seed),
     layers = lambda dls, model, seed: solve(model(dls, readout=partial(Concat, embeddings=True), head=linear_head, layer_norm=None, token_pool=None, seed=seed)))
 
 @dataclass
@@ -195,7 +197,7 @@ def check_members(dls, members, beside, scratch, pretrained):
     if odd := [k for k in beside if k not in (*SOLVED, *CONVNETS)]: raise ValueError(f'beside is {beside}: of {", ".join((*SOLVED, *CONVNETS))}')
     if not (0 if beside else 1) <= members <= MAX_MEMBERS-len(beside): raise ValueError(f'members is {members}: a whole number from {0 if beside else 1} to {MAX_MEMBERS-len(beside)}')
     if (members > 1 or beside) and num_distrib() > 1: raise ValueError('several processes train one model: members=1, beside=[]')
-    if (odd := [k for k in beside if k in SOLVED]) and task_of(dls)[0] != 'labels': raise ValueError(f'beside is {beside}: {odd[0]}, by ridge regression on labels, and these records have none: leave it out')
+    if (odd := [k for k in beside if k in SOLVED]) and task_of(dls)[0] != 'labels': raise ValueError(f'beside is {beside}: {odd[0]} is solved from labels, and these records have none: leave it out')
     if scratch and not {*beside} & {*CONVNETS}: raise ValueError(f'scratch says how members from random weights are trained, and beside is {beside}: add one of {", ".join(CONVNETS)}, or leave scratch out')
     if list(beside).count('layers') > 1: raise ValueError(f'beside is {beside}: layers twice would be the same twice')
     if 'layers' in beside and not pretrained: raise ValueError('beside is layers, of a pretrained encoder: name one, model.arch, or add a section pretraining')
@@ -211,7 +213,7 @@ def train(
     lr_mult:float=100, # When all is trained: how much slower the encoder's first layers learn than its head
     frozen:bool=False, # Leave a pretrained encoder as it is throughout: its read-out alone is trained
     members:int=1, # Models to train, one after the other, from seeds `seed`, `seed+1` …, which then answer together by the mean of their logits
-    beside:list=(), # Members of other kinds. Solved: `kernels`, random convolutions; `beats`, the same of the median beat; `layers`, all of the encoder's as it was pretrained. Trained, from random weights: `xresnet1d18` and others of `CONVNETS`. A name again: from other random numbers
+    beside:list=(), # Members of other kinds. Solved: `kernels`, random convolutions; `beats`, the same of the median beat; `trees`, boosted trees on it; `layers`, all of the encoder's as it was pretrained. Trained, from random weights: `xresnet1d18` and others of `CONVNETS`. A name again: from other random numbers
     calibration:Optional[str]='platt', # Of the probabilities, on the validation records: platt, temperature, isotonic; null: none
     thresholds:dict=None, # Decisions, on the validation records: {sensitivity: 0.9}, {specificity: 0.95} or {f1: true}
     seed:int=0, # Of weights and the order of records

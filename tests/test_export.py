@@ -14,6 +14,7 @@ from fastai_ecg_pma.attend import AttentionPool, Attentive
 from fastai_ecg_pma.calibrate import Calibration
 from fastai_ecg_pma.thresholds import Thresholds
 from fastai_ecg_pma.closed_form import beats_learner, kernels_learner
+from fastai_ecg_pma.trees import trees_learner
 from fastai_ecg_pma.convnet import convnet_learner
 from fastai_ecg_pma.compare import MORE_READOUTS
 from fastai_ecg_pma.data import ecg_dls
@@ -108,9 +109,10 @@ def test_several_that_answer_together(dls, export, tmp_path):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 @pytest.mark.parametrize('export', [export_onnx, export_program])
-def test_the_median_beat_in_a_graph(export, tmp_path):
+@pytest.mark.parametrize('make', [partial(beats_learner, n=60), partial(trees_learner, n_trees=20)])
+def test_the_median_beat_in_a_graph(make, export, tmp_path):
     dls = ptbxl_dls(synth_ptbxl(tmp_path/'ecgs', n=60), bs=16)
-    p = predictor(beats_learner(dls, 60), score=False)
+    p = predictor(make(dls), score=False)
     x = torch.as_tensor(np.asarray(dls.valid.dataset[:][0]))
     want, run = p._outputs(x)[0], dict(export_onnx=onnx_runner, export_program=program_runner)[export.__name__](export(p, tmp_path/'m.pt2'))
     for n in (1, 3, len(x)): np.testing.assert_allclose(run(x[:n])[0], want[:n], rtol=0, atol=1e-5)

@@ -27,6 +27,9 @@ from fastai_ecg_pma.attend import AttentionPool, Attentive
 from fastai_ecg_pma.cache import EcgCache, cache_ecg
 from fastai_ecg_pma.checkpoint import Checkpoint, FellBack, load_best
 from fastai_ecg_pma.closed_form import beats_learner, kernels_learner
+from fastai_ecg_pma.ptbxl import ptbxl_dls
+from fastai_ecg_pma.synth import synth_ptbxl
+from fastai_ecg_pma.trees import trees_learner
 from fastai_ecg_pma.convnet import convnet_learner
 from fastai_ecg_pma.compare import PMA_DEFAULT
 from fastai_ecg_pma.data import ecg_dls
@@ -222,6 +225,23 @@ def test_random_kernels_travel(make, tmp_path):
     facts['backbone']['args']['n'] = 10**9                                   # neither drawn nor allocated
     with pytest.raises(ValueError): revive_model(facts, state, PREP)
     with pytest.raises(ValueError, match='neither of the encoder'): revive_model(model_facts(p.model), {**state, 'more': torch.ones(1)}, PREP)
+
+def test_trees_travel(tmp_path):
+    dls = ptbxl_dls(synth_ptbxl(tmp_path/'ecgs', n=60), bs=16)
+    p = predictor(trees_learner(dls, n_trees=20), score=False)
+    trees, records = p.model.head.classifier, [f.as_posix() for f in dls.paths[-10:]]
+    want = p.predict(records).probability.to_numpy()
+    assert np.ptp(want, 0).min() > .01
+    for half,far in ((False, 0), (True, 1e-3)):                              # thresholds bear 16 bits without loss
+        save_pma(p, tmp_path/'m', half=half)
+        again = load_pma(tmp_path/'m')
+        np.testing.assert_allclose(again.predict(records).probability.to_numpy(), want, rtol=0, atol=far)
+        assert torch.equal(again.model.head.classifier.threshold, trees.threshold) and torch.equal(again.model.head.classifier.leaf, trees.leaf) != half
+    assert 'read by Trees' in (tmp_path/'m'/'README.md').read_text()
+    for k,v in (('n_trees', 10**9), ('depth', 40), ('depth', 2.5)):
+        facts = model_facts(p.model)
+        facts['head']['args']['classifier']['args'][k] = v
+        with pytest.raises(ValueError): revive_model(facts, p.model.state_dict(), p.prep)
 
 @pytest.mark.parametrize('task', ['labels', 'class', 'numbers'])
 def test_convolutional_networks_travel(task, tmp_path):
