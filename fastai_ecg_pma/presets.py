@@ -8,7 +8,7 @@ __all__ = ['PRESETS']
 # %% ../nbs/68_presets.ipynb #pst00006
 PRESETS = dict(                         # name: YAML
     default = '''\
-# Convolutions before a Transformer, pretrained by rebuilding hidden samples: three models fine-tuned from it and read from all layers, random convolutions of the record and of its median beat, and three convolutional networks from random weights answer together
+# Convolutions before a Transformer, pretrained by rebuilding hidden samples: three models fine-tuned from it and read from all layers, random convolutions of the record and of its median beat, boosted trees on that beat, and three convolutional networks from random weights answer together
 data:
   batch_tfms:
     - Shift(most=100, p=1)
@@ -47,7 +47,7 @@ fit:
   clip: 1.0
 lr_mult: 1
 members: 3
-beside: [kernels, beats, kernels, beats, xresnet1d18, xresnet1d18, xresnet1d18]
+beside: [kernels, beats, kernels, beats, trees, trees, trees, xresnet1d18, xresnet1d18, xresnet1d18]
 scratch:
   epochs: 25
   lr: 2e-3
