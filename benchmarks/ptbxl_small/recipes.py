@@ -14,7 +14,12 @@ def rest(group): return [f for f in range(1, 10) if f not in group]
 
 def records(args, g, share=1., seed=0): return dict(TASKS[args.task], train_folds=rest(GROUPS[g]), valid_folds=list(GROUPS[g]), share=share, seed=seed)
 
-def folder_of(args, name, seed, share, g): return args.work/name.replace(' ', '_')/str(seed)/(f'group{g}' + ('' if share == 1 else f'_share{share:g}') + ('' if args.task == 'classes' else f'_{args.task}'))
+def file_name(name):
+    "A recipe with its changes as the name of a folder, which may have 255 letters"
+    text = name.replace(' ', '_')
+    return text if len(text) < 240 else f'{text[:200]}…{hashlib.sha1(text.encode()).hexdigest()[:8]}'
+
+def folder_of(args, name, seed, share, g): return args.work/file_name(name)/str(seed)/(f'group{g}' + ('' if share == 1 else f'_share{share:g}') + ('' if args.task == 'classes' else f'_{args.task}'))
 
 def timed(folder, f):
     folder.mkdir(parents=True, exist_ok=True)
