@@ -58,7 +58,7 @@ scratch:
 calibration: null
 ''',
     few = '''\
-# Few labels: nothing is fine-tuned. Random convolutions of the record and of its median beat, and all layers of the encoder as it was pretrained, each read by ridge regression, answer together
+# Few labels: nothing is fine-tuned. Random convolutions of the record and of its median beat, and all layers of the encoder as it was pretrained, each read by ridge regression, and boosted trees on the median beat answer together
 model:
   arch: EcgHybrid
   arch_config: {norm: batch, drop: 0.0}
@@ -78,6 +78,6 @@ pretraining:
     clip: 1.0
     precision: bfloat16
 members: 0
-beside: [kernels, beats, layers]
+beside: [kernels, beats, layers, kernels, beats, trees]
 calibration: null
 ''')
